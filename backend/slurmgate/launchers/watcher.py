@@ -1,0 +1,208 @@
+"""Follows process replicas to their end, in one thread.
+
+The thread owns all state in this module: which replicas are followed, their deadlines and the
+pidfds waited on. Other threads only put calls into its queue. A replica has ended when its leader
+(the process we started), all of the leader's session and whatever else carries the replica's marks
+are gone; then, and once, its end is reported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import selectors
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from slurmgate import procfs
+from slurmgate.model import Exit
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Followed:
+    """One replica; ``pidfd`` is its leader's, ``members`` the pidfds of those who outlived it."""
+
+    replica: str
+    pid: int
+    pidfd: int
+    marks: Mapping[str, str]
+    leader_ended: bool = False
+    kill_at: float | None = None
+    members: set[int] = field(default_factory=set)
+    terminated: set[tuple[int, int]] = field(default_factory=set)
+
+
+class Watcher:
+    """The thread; ``on_end`` is called on it, so it must not block for long."""
+
+    def __init__(self, on_end: Callable[[str, Exit], None]) -> None:
+        self._on_end = on_end
+        self._followed: dict[str, _Followed] = {}
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._selector = selectors.DefaultSelector()
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._selector.register(self._wake, selectors.EVENT_READ, None)
+        self._wake_lock = threading.Lock()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="process-watcher", daemon=True)
+        self._thread.start()
+
+    def follow(self, replica: str, pid: int, pidfd: int, marks: Mapping[str, str]) -> None:
+        """Follow a replica by the pidfd of its leader, which is the watcher's from now on."""
+        followed = _Followed(replica, pid, pidfd, marks)
+        self._call(lambda: self._add(followed))
+
+    def stop(self, replica: str, kill_after: float) -> None:
+        """Ask a replica's processes to end; what is left after ``kill_after`` is killed."""
+        self._call(lambda: self._terminate(replica, kill_after))
+
+    def close(self) -> None:
+        """Stop following; what still runs is left running."""
+        self._call(self._shut)
+        self._thread.join()
+
+    def _call(self, call: Callable[[], None]) -> None:
+        self._calls.put(call)
+        with self._wake_lock:  # a closed number may be another file by now
+            if not self._closed:
+                os.eventfd_write(self._wake, 1)
+
+    def _run(self) -> None:
+        while not self._closed:
+            for key, _ in self._selector.select(self._time_left()):
+                if key.data is None:
+                    os.eventfd_read(self._wake)
+                    self._do_calls()
+                else:
+                    self._process_ended(key.data, key.fd)
+            now = time.monotonic()
+            for followed in list(self._followed.values()):
+                if followed.kill_at is not None and followed.kill_at <= now:
+                    self._kill(followed)
+
+    def _do_calls(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._calls.get_nowait()()
+
+    def _time_left(self) -> float | None:
+        deadlines = [f.kill_at for f in self._followed.values() if f.kill_at is not None]
+        return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+
+    def _add(self, followed: _Followed) -> None:
+        self._followed[followed.replica] = followed
+        self._selector.register(followed.pidfd, selectors.EVENT_READ, followed.replica)
+
+    def _shut(self) -> None:
+        for followed in self._followed.values():
+            for fd in (followed.pidfd, *followed.members):
+                os.close(fd)
+        self._followed.clear()
+        self._selector.close()
+        with self._wake_lock:
+            self._closed = True
+            os.close(self._wake)
+
+    def _terminate(self, replica: str, kill_after: float) -> None:
+        followed = self._followed.get(replica)
+        if followed is None or followed.kill_at is not None:
+            return
+        followed.kill_at = time.monotonic() + kill_after
+        if not followed.leader_ended:
+            signal.pidfd_send_signal(followed.pidfd, signal.SIGTERM)
+            for process in self._others(followed):
+                self._send(followed, process, signal.SIGTERM)
+
+    def _kill(self, followed: _Followed) -> None:
+        """The time to end by itself is over."""
+        followed.kill_at = None
+        _LOG.warning("replica %s did not end when asked to, killing it", followed.replica)
+        if not followed.leader_ended:
+            signal.pidfd_send_signal(followed.pidfd, signal.SIGKILL)
+        for process in self._others(followed):
+            self._send(followed, process, signal.SIGKILL)
+
+    def _process_ended(self, replica: str, fd: int) -> None:
+        followed = self._followed.get(replica)
+        if followed is None:
+            return
+        self._selector.unregister(fd)
+        if fd == followed.pidfd:
+            followed.leader_ended = True
+        else:
+            followed.members.discard(fd)
+            os.close(fd)
+        if followed.leader_ended and not followed.members:
+            self._sweep(followed)
+
+    def _sweep(self, followed: _Followed) -> None:
+        """The leader has ended: end and await the others, or report when nobody is left.
+
+        A child that is the leader stays a zombie until ``_finish``, so that nobody else can get
+        its pid, and with it the name of the session, as long as we look for members.
+        """
+        stopping = followed.kill_at is not None
+        number = signal.SIGTERM if stopping else signal.SIGKILL
+        for process in self._others(followed):
+            fd = self._send(followed, process, number, keep=True)
+            if fd is not None:
+                followed.members.add(fd)
+                self._selector.register(fd, selectors.EVENT_READ, followed.replica)
+        if not followed.members:
+            self._finish(followed)
+
+    def _finish(self, followed: _Followed) -> None:
+        del self._followed[followed.replica]
+        end = _reap(followed.pidfd)
+        os.close(followed.pidfd)
+        self._on_end(followed.replica, end)
+
+    def _others(self, followed: _Followed) -> Iterable[procfs.Process]:
+        """Everybody who belongs to the replica, the leader left out."""
+        found = procfs.session_members(followed.pid) + procfs.find_marked(followed.marks)
+        return {(p.pid, p.start): p for p in found if p.pid != followed.pid}.values()
+
+    def _send(
+        self, followed: _Followed, process: procfs.Process, number: int, *, keep: bool = False
+    ) -> int | None:
+        """Signal one process, TERM only once; with ``keep`` give its pidfd to wait for its end."""
+        fd = procfs.open_process(process.pid, process.start)
+        if fd is None:
+            return None
+        key = (process.pid, process.start)
+        try:
+            if number != signal.SIGTERM or key not in followed.terminated:
+                signal.pidfd_send_signal(fd, number)
+                followed.terminated.add(key)
+        except ProcessLookupError:
+            keep = False
+        except PermissionError:
+            _LOG.warning(
+                "replica %s leaves process %d (%s) behind: it runs as another user",
+                followed.replica, process.pid, process.comm,
+            )  # fmt: skip
+            keep = False
+        if keep:
+            return fd
+        os.close(fd)
+        return None
+
+
+def _reap(pidfd: int) -> Exit:
+    """Learn how a leader ended; only a process we are the parent of tells."""
+    try:
+        result = os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+    except ChildProcessError:
+        return Exit()
+    if result is None:
+        return Exit()
+    if result.si_code == os.CLD_EXITED:
+        return Exit(code=result.si_status)
+    return Exit(signal=result.si_status)
