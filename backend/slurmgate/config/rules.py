@@ -1,0 +1,255 @@
+"""What the schema cannot say: rules between fields, features not there yet, and warnings.
+
+The rules see only parts of the document that the schema found right. Fields may be missing, and a
+service or an element of a list that was wrong is None.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+from collections.abc import Hashable, Iterator
+from pathlib import Path
+from typing import Any
+
+from slurmgate.config.listen import listen_problem
+from slurmgate.config.report import JsonPath, Report, show_value
+from slurmgate.config.specs import parse_size, resolve
+
+Entry = dict[str, Any]
+
+_ROUTES_OF_THE_GATE = frozenset(
+    {
+        "v1",
+        "info",
+        "admin",
+        "healthz",
+        "readyz",
+        "metrics",
+        "enable_service_management",
+        "disable_service_management",
+        "kill_disable_service_management",
+    }
+)
+_ROUTE_PREFIXES_OF_THE_GATE = ("check_", "demand_")
+_ENV_OF_THE_GATE = ("SLURMGATE_PORT", "SLURMGATE_SERVICE", "SLURMGATE_REPLICA")
+_LARGEST_SIZE = 10**15
+
+_ORIGINAL = {
+    "nginxFile": "is ignored: the nginx configuration is rendered by Slurmgate",
+    "appPort": 'is ignored: "gate": {"listen": ...} says where the gate listens',
+}
+_ONLY_SSH = ("ssh_username", "ssh_key_file", "ssh_port", "ssh_known_hosts", "ssh_jump")
+_ONLY_SLURM = (
+    "remote_host",
+    *_ONLY_SSH,
+    "ssh_control_path",
+    "local_host",
+    "local_port",
+    "remote_setup",
+    "tunnel",
+    "sbatch_args",
+    "queue_timeout",
+    "abandon_timeout",
+)
+
+
+def apply_rules(document: Entry, folder: Path, report: Report) -> None:
+    """Check everything; ``folder`` is what relative paths are relative to."""
+    for key, text in _ORIGINAL.items():
+        if key in document:
+            report.warn((key,), text)
+    _missing_file(document, "admin_token_file", (), folder, report)
+    _gate(document.get("gate", {}), folder, report)
+    services = list(_services(document))
+    _unique_fields(services, report)
+    for path, entry in services:
+        _paths(entry, path, report)
+        _environment(entry, path, report)
+        _ranges(entry, path, report)
+        _features_to_come(entry, path, report)
+        if _launcher(entry) == "process":
+            _process(entry, path, folder, report)
+        else:
+            _slurm(entry, path, folder, report)
+
+
+def _services(document: Entry) -> Iterator[tuple[JsonPath, Entry]]:
+    for index, entry in enumerate(document.get("Services", [])):
+        if entry is not None:
+            yield ("Services", index), entry
+
+
+def _launcher(entry: Entry) -> str:
+    return str(entry.get("launcher", "slurm"))
+
+
+class _Unique:
+    """Remembers who has a value already; ``what`` names the value in messages."""
+
+    def __init__(self, what: str, report: Report) -> None:
+        self._what = what
+        self._report = report
+        self._owner: dict[Hashable, JsonPath] = {}
+
+    def take(self, key: Hashable, path: JsonPath, value: object) -> None:
+        owner = self._owner.setdefault(key, path)
+        if owner != path:
+            shown = f"{show_value(value)} is the {self._what} of Services[{owner[1]}] already"
+            self._report.problem(path, f"{shown}; it should be unique")
+
+
+def _unique_fields(services: list[tuple[JsonPath, Entry]], report: Report) -> None:
+    names = _Unique("name", report)
+    routes = _Unique("route", report)
+    models = _Unique("model", report)
+    ports = _Unique("fixed port", report)
+    local_ports = _Unique("local port", report)
+    for path, entry in services:
+        if "name" in entry:
+            names.take(entry["name"], (*path, "name"), entry["name"])
+        if "route_name" in entry:
+            routes.take(entry["route_name"], (*path, "route_name"), entry["route_name"])
+        for index, model in enumerate(entry.get("models", [])):
+            if model is not None:
+                models.take(model, (*path, "models", index), model)
+        launcher = _launcher(entry)
+        host = None if launcher == "process" else entry.get("remote_host")
+        port = entry.get("remote_port", "auto")
+        if port != "auto":
+            ports.take((launcher, host, port), (*path, "remote_port"), port)
+        if "local_port" in entry and launcher != "process":
+            where = (entry.get("local_host", "127.0.0.1"), entry["local_port"])
+            local_ports.take(where, (*path, "local_port"), entry["local_port"])
+
+
+def _paths(entry: Entry, path: JsonPath, report: Report) -> None:
+    route = entry.get("route_name")
+    if route is not None and (
+        route in _ROUTES_OF_THE_GATE or route.startswith(_ROUTE_PREFIXES_OF_THE_GATE)
+    ):
+        report.problem(
+            (*path, "route_name"),
+            f"{show_value(route)} is a word the gate uses itself; choose another, "
+            f"such as {show_value('my-' + route)}",
+        )
+    if entry.get("api_paths") == []:
+        report.warn((*path, "api_paths"), 'is empty: no request is allowed; ["/"] allows all')
+
+
+def _environment(entry: Entry, path: JsonPath, report: Report) -> None:
+    for name in _ENV_OF_THE_GATE:
+        if name in entry.get("env", {}):
+            report.problem((*path, "env", name), "is set by the gate itself; leave it out")
+
+
+def _ranges(entry: Entry, path: JsonPath, report: Report) -> None:
+    health = entry.get("health", {})
+    for where, bounds in (
+        ((*path, "port_range"), entry.get("port_range")),
+        ((*path, "health", "start_interval"), health.get("start_interval")),
+    ):
+        if bounds and None not in bounds and bounds[0] > bounds[1]:
+            report.problem(where, f"{json.dumps(bounds)} has the larger number first; swap them")
+    replicas = entry.get("replicas", {})
+    if replicas.get("min", 0) > replicas.get("max", 1):
+        report.problem((*path, "replicas"), '"min" is larger than "max"')
+
+
+def _features_to_come(entry: Entry, path: JsonPath, report: Report) -> None:
+    """Refuse what this version would ignore."""
+    if entry.get("models"):
+        report.problem(
+            (*path, "models"), "routing by model is not in this version; leave it out for now"
+        )
+    replicas = entry.get("replicas", {})
+    for key, only in (("min", 0), ("max", 1), ("max_in_flight", 0)):
+        if replicas.get(key, only) != only:
+            report.problem(
+                (*path, "replicas", key),
+                f"{show_value(replicas[key])} needs a feature that is not in this version; "
+                f"it should be {only} for now",
+            )
+    if "target_in_flight" in replicas:
+        report.warn((*path, "replicas", "target_in_flight"), 'has no effect while "max" is 1')
+
+
+def _process(entry: Entry, path: JsonPath, folder: Path, report: Report) -> None:
+    for key in _ONLY_SLURM:
+        if key in entry:
+            report.warn((*path, key), 'is not used with launcher "process"')
+    _missing_file(entry, "bash_file", path, folder, report)
+
+
+def _slurm(entry: Entry, path: JsonPath, folder: Path, report: Report) -> None:
+    report.warn(
+        (*path, "launcher"),
+        'the launcher "slurm" is not in this version: requests to this service are answered 503 '
+        'cannot-start; "process" starts services on this machine',
+    )
+    if "remote_host" in entry:
+        for key in ("ssh_key_file", "ssh_known_hosts"):
+            _missing_file(entry, key, path, folder, report)
+    else:
+        for key in _ONLY_SSH:
+            if key in entry:
+                report.warn((*path, key), 'is not used without "remote_host"')
+    if "local_host" in entry and "local_port" not in entry:
+        report.warn((*path, "local_host"), 'is not used without "local_port"')
+
+
+def _missing_file(entry: Entry, key: str, path: JsonPath, folder: Path, report: Report) -> None:
+    if key not in entry:
+        return
+    file = resolve(entry[key], folder)
+    # A folder without permission or a name too long: as good as not there.
+    if not os.path.isfile(file):
+        report.warn((*path, key), f"{file} is not on this machine, or is not a file")
+
+
+def _gate(gate: Entry, folder: Path, report: Report) -> None:
+    if "listen" in gate or "keys_file" in gate:
+        _listen(gate, report)
+    for index, network in enumerate(gate.get("private", [])):
+        if network is not None:
+            text = _network_problem(network)
+            if text is not None:
+                report.problem(("gate", "private", index), f"{show_value(network)} {text}")
+    sizes = {key: parse_size(gate[key]) for key in ("max_body", "max_held_bytes") if key in gate}
+    for key, size in sizes.items():
+        if size > _LARGEST_SIZE:
+            report.problem(("gate", key), f"{show_value(gate[key])} is too large")
+    if sizes.get("max_held_bytes", 10 << 30) < sizes.get("max_body", 1 << 30):
+        report.warn(
+            ("gate", "max_held_bytes"),
+            '"max_body" is larger: the largest requests cannot wait for a service to start',
+        )
+    for file in ("certificate", "key"):
+        _missing_file(gate.get("tls", {}), file, ("gate", "tls"), folder, report)
+
+
+def _listen(gate: Entry, report: Report) -> None:
+    if "keys_file" in gate:
+        report.problem(
+            ("gate", "keys_file"),
+            "keys for clients are not in this version; leave it out, and let the gate listen on "
+            'loopback, or set "open": true',
+        )
+    if "listen" in gate:
+        is_open = gate.get("open", False) or "keys_file" in gate
+        text = listen_problem(gate["listen"], is_open=is_open)
+        if text is not None:
+            report.problem(("gate", "listen"), f"{show_value(gate['listen'])} {text}")
+
+
+def _network_problem(network: str) -> str | None:
+    try:
+        ipaddress.ip_network(network)
+    except ValueError:
+        try:
+            meant = ipaddress.ip_network(network, strict=False)
+        except ValueError:
+            return 'is no IP address or network; it should be written as "10.1.0.0/16"'
+        return f"has bits set beyond its prefix; did you mean {show_value(str(meant))}?"
+    return 'must have no zone ("%")' if "%" in network else None
