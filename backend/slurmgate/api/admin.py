@@ -1,0 +1,81 @@
+"""Everything that changes something: POST, and only with the admin token."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Callable
+
+from flask import Blueprint, Response, json, request
+
+from slurmgate.control import Control
+from slurmgate.errors import CannotStart, Unauthorized
+from slurmgate.reload import Reloader
+
+
+def blueprint(
+    control: Control,
+    reloader: Reloader,
+    token: Callable[[], str],
+    remember_management: Callable[[bool], None],
+) -> Blueprint:
+    """Admin routes, the original system's names included."""
+    routes = Blueprint("admin", __name__)
+
+    @routes.before_request
+    def authorise() -> None:
+        scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+        known = hmac.compare_digest(given.strip().encode(), token().encode())
+        if scheme.lower() != "bearer" or not known:
+            raise Unauthorized(
+                "give the admin token: Authorization: Bearer TOKEN"
+                " (file admin-token in the state directory)"
+            )
+
+    @routes.post("/admin/reload")
+    def reload() -> Response:
+        notes = reloader.reload()
+        return _done(loaded_at=reloader.loaded_at, notes=notes)
+
+    @routes.post("/admin/services/<path:name>/start")
+    @routes.post("/demand_<path:name>")
+    def start(name: str) -> Response:
+        control.start_service(name)
+        return _done(service=name)
+
+    @routes.post("/admin/services/<path:name>/stop")
+    def stop(name: str) -> Response:
+        control.stop_service(name)
+        return _done(service=name)
+
+    def manage(*, enabled: bool, kill: bool = False) -> Response:
+        remember_management(enabled)
+        control.manage(enabled=enabled, kill=kill)
+        return _done(management_enabled=enabled)
+
+    @routes.post("/admin/management/enable")
+    @routes.post("/enable_service_management")
+    def enable() -> Response:
+        return manage(enabled=True)
+
+    @routes.post("/admin/management/disable")
+    @routes.post("/disable_service_management")
+    def disable() -> Response:
+        return manage(enabled=False)
+
+    @routes.post("/admin/management/kill")
+    @routes.post("/kill_disable_service_management")
+    def kill() -> Response:
+        return manage(enabled=False, kill=True)
+
+    @routes.post("/admin/adopt/<owner>")
+    def adopt(owner: str) -> Response:
+        raise CannotStart(
+            f"cannot adopt jobs of {owner}: only Slurm jobs can be adopted by hand, and this"
+            " version has no Slurm launcher"
+        )
+
+    return routes
+
+
+def _done(**more: object) -> Response:
+    return Response(json.dumps({"ok": True, **more}) + "\n", mimetype="application/json")

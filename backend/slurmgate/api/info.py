@@ -1,0 +1,124 @@
+"""``/``, ``/info`` and ``/check_…``: what there is and how it does, for people and scripts.
+
+Clients outside ``gate.private`` (the gate says which in ``X-Slurmgate-Private``) see state, class
+of reason and estimates, but no log lines, node names, job ids or version.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flask import Blueprint, Response, json, request
+
+from slurmgate import __version__, snapshot
+from slurmgate.control import Control
+from slurmgate.fleet import View
+from slurmgate.model import Phase
+from slurmgate.observed import LAUNCHING, Replica, Service
+from slurmgate.ports import Clock
+from slurmgate.reload import Reloader
+
+RUNNING = frozenset({Phase.RUNNING, Phase.STARTING, Phase.READY, Phase.DRAINING})
+
+
+def blueprint(control: Control, reloader: Reloader, clock: Clock, instance: str) -> Blueprint:
+    """Routes for reading; none of them changes anything."""
+    routes = Blueprint("info", __name__)
+
+    @routes.get("/")
+    def index() -> Response:
+        services = [s.spec.route_name for s in control.view.services if not s.retired]
+        links = {"info": "/info", "health": "/healthz", "ready": "/readyz"}
+        paths = [f"/{route}/" for route in services]
+        return _json({"name": "Slurmgate", "links": links, "services": paths})
+
+    @routes.get("/info")
+    def info() -> Response:
+        view, now, private = control.view, clock(), _private()
+        services = [
+            service_info(s, view, now, private=private) for s in view.services if not s.retired
+        ]
+        error = reloader.error
+        shown = error if private or error is None else "the configuration file has errors"
+        return _json(
+            {
+                "instance": instance,
+                "version": __version__ if private else None,
+                "management_enabled": view.enabled,
+                "config": {"loaded_at": reloader.loaded_at, "error": shown},
+                "services": services,
+            }
+        )
+
+    @routes.get("/info/<path:name>")
+    @routes.get("/check_<path:name>")
+    def one(name: str) -> Response:
+        view = control.view
+        return _json(service_info(view.find(name), view, clock(), private=_private()))
+
+    return routes
+
+
+def _private() -> bool:
+    return request.headers.get("X-Slurmgate-Private", "1") == "1"
+
+
+def _json(value: object) -> Response:
+    return Response(json.dumps(value) + "\n", mimetype="application/json")
+
+
+def service_info(service: Service, view: View, now: float, *, private: bool) -> dict[str, Any]:
+    """The entry of one service; ``private`` shows what only people near the cluster may see."""
+    spec, demand = service.spec, service.demand
+    state = snapshot.state(service, now)
+    ready = next((r for r in service.replicas if r.phase is Phase.READY), None)
+    idle_from = None if ready is None else service.idle_since(ready.ready_at or ready.since)
+    idle = None if idle_from is None else max(0.0, now - idle_from)
+    entry: dict[str, Any] = {
+        "name": spec.name,
+        "route_name": spec.route_name,
+        "description": spec.description,
+        "models": list(spec.models),
+        "state": state,
+        "started": bool(service.replicas),
+        "running": any(r.phase in RUNNING for r in service.replicas),
+        "reason": _reason(service, now, private=private),
+        "management_enabled": view.enabled,
+        "waiting": demand.waiting,
+        "in_flight": demand.in_flight,
+        "requests": demand.requests,
+        "idle_s": _rounded(idle),
+        "stops_in_s": None if idle is None else _rounded(max(0.0, spec.timeout - idle)),
+        "retry_after_s": None if state == "ready" else _rounded(snapshot.estimate(service, now)),
+        "replicas": [_replica(r, now, private=private) for r in service.replicas],
+    }
+    if private and service.failure is not None:
+        entry["log"] = list(service.failure.log)
+    return entry
+
+
+def _reason(service: Service, now: float, *, private: bool) -> str | None:
+    if private:
+        return snapshot.reason(service, now)
+    if service.failure is not None:
+        return service.failure.code
+    return "starting" if any(r.phase in LAUNCHING for r in service.replicas) else None
+
+
+def _replica(replica: Replica, now: float, *, private: bool) -> dict[str, Any]:
+    reason = replica.reason or (replica.drain.value if replica.drain else None)
+    if reason is None and replica.phase in LAUNCHING:
+        reason = replica.health_detail or None
+    return {
+        "id": replica.id,
+        "state": replica.phase.value,
+        "job_id": replica.job_id if private else None,
+        "node": replica.node if private else None,
+        "reason": reason if private else None,
+        "since_s": _rounded(now - replica.since),
+        "ends_in_s": None,
+    }
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 3)

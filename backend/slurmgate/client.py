@@ -1,0 +1,55 @@
+"""How the commands talk to the running backend: HTTP over its unix socket."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+from slurmgate.errors import BackendAway, SlurmgateError, StateError
+from slurmgate.state import StateDir
+
+TIMEOUT = 30.0
+
+
+class Refused(SlurmgateError):
+    """The backend answered with a problem."""
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost", timeout=TIMEOUT)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(TIMEOUT)
+        self.sock.connect(str(self._path))
+
+
+def call(state: StateDir, method: str, path: str, token: str | None = None) -> Any:
+    """Make one call; give the JSON answer.
+
+    Raises BackendAway when nobody listens and Refused with the backend's words otherwise.
+    """
+    connection = _UnixConnection(state.api_socket)
+    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+    try:
+        connection.request(method, path, headers=headers)
+        answer = connection.getresponse()
+        body = answer.read()
+    except (OSError, http.client.HTTPException) as error:
+        raise BackendAway(
+            f"no backend answers for the state directory {state.path}; start it with slurmgate up"
+        ) from error
+    finally:
+        connection.close()
+    try:
+        value = json.loads(body)
+    except ValueError as error:
+        raise StateError(f"the backend answered {answer.status} without JSON") from error
+    if answer.status >= 400:
+        raise Refused(str(value.get("detail", body)))
+    return value

@@ -1,0 +1,246 @@
+"""The control loop: one thread that owns the fleet, the state of all services and replicas.
+
+Other threads hand it events and wait for the outcome, or read ``view``, an immutable picture it
+publishes after every change. It never blocks on the world: launching, stopping and reading logs
+happen on pool threads whose results come back as events.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import secrets
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from slurmgate import lifecycle, observed
+from slurmgate.errors import BackendAway, CannotStart, SlurmgateError, StartRefused
+from slurmgate.fleet import Effect, FetchLastWords, Fleet, LaunchReplica, Report, View
+from slurmgate.model import Config, Exit, LauncherKind, ServiceSpec
+from slurmgate.observed import Service
+from slurmgate.ports import Clock, Launcher
+
+log = logging.getLogger(__name__)
+
+ANSWER_WITHIN = 5.0
+BUSY_TICK = 0.1
+REST_TICK = 1.0
+LOG_LINES = 20
+POOL_THREADS = 32
+ID_ALPHABET = "abcdefghjkmnpqrstuvwxyz23456789"
+
+
+def new_replica_id() -> str:
+    """Make a short random id, free of look-alike characters."""
+    return "".join(secrets.choice(ID_ALPHABET) for _ in range(6))
+
+
+class Control:
+    """Owner of all state. Public methods may be called from any thread."""
+
+    def __init__(
+        self,
+        launchers: Mapping[LauncherKind, Launcher],
+        clock: Clock,
+        epoch: str,
+        *,
+        enabled: bool,
+    ) -> None:
+        self._launchers = launchers
+        self._clock = clock
+        self._fleet = Fleet(epoch, new_replica_id, clock(), enabled=enabled)
+        self._events: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._pool = ThreadPoolExecutor(POOL_THREADS, thread_name_prefix="launcher")
+        self._thread = threading.Thread(target=self._loop, name="control", daemon=True)
+        self._answers: list[Future[None]] = []
+        self._tick_every = BUSY_TICK
+        self._ticked = clock()
+        self.view: View = self._fleet.view()
+
+    # -- from any thread -------------------------------------------------------------------
+
+    def start(self, config: Config) -> None:
+        """Adopt what runs, take over the configuration and begin to decide. Call it once."""
+        self._fleet.configure(config.services)
+        for kind, launcher in self._launchers.items():
+            for running in launcher.adopt(self._on_exit):
+                self._fleet.adopt(kind, running, config.path.parent, self._clock())
+        self._turn(_nothing)
+        self._thread.start()
+
+    def configure(self, config: Config) -> None:
+        """Take over a configuration; services that did not change keep their replicas."""
+        self._ask(lambda: self._fleet.configure(config.services))
+
+    def notify(self, report: Report) -> dict[str, Any] | None:
+        """Take in a gate's report; give the snapshot when the gate's is another one."""
+        self._ask(lambda: self._fleet.report(report, self._clock()))
+        view = self.view
+        if report.epoch == view.epoch and report.number == view.number:
+            return None
+        return view.wire(self._clock())
+
+    def start_service(self, name: str) -> None:
+        """Start a service by name or route without a request to it."""
+        self._ask(lambda: self._fleet.change_configured(name, lifecycle.start_by_admin))
+
+    def stop_service(self, name: str) -> None:
+        """Stop a service by name or route; requests in flight get a minute to end."""
+
+        def stopped(service: Service) -> Service:
+            return lifecycle.stop_by_admin(service, lifecycle.ADMIN_DRAIN, self._clock())
+
+        self._ask(lambda: self._fleet.change_configured(name, stopped))
+
+    def manage(self, *, enabled: bool, kill: bool = False) -> None:
+        """Switch management of all services on or off; with ``kill`` end every replica too."""
+        self._ask(lambda: self._fleet.manage(self._clock(), enabled=enabled, kill=kill))
+
+    def close(self, *, stop_replicas: Mapping[LauncherKind, bool]) -> None:
+        """End the loop, then let every launcher end or leave its replicas as said."""
+        self._events.put(None)
+        self._thread.join(ANSWER_WITHIN)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for kind, launcher in self._launchers.items():
+            launcher.close(stop_replicas=stop_replicas.get(kind, False))
+
+    def _ask(self, change: Callable[[], None]) -> None:
+        """Have the control thread make a change; return once all that follows was decided."""
+        done: Future[None] = Future()
+
+        def event() -> None:
+            try:
+                change()
+            except SlurmgateError as error:
+                done.set_exception(error)
+            else:
+                self._answers.append(done)
+
+        self._events.put(event)
+        try:
+            done.result(ANSWER_WITHIN)
+        except TimeoutError as error:
+            raise BackendAway("the control loop did not answer in time; try again") from error
+
+    # -- the control thread ----------------------------------------------------------------
+
+    def _loop(self) -> None:
+        while True:
+            try:
+                event = self._events.get(timeout=self._tick_every)
+            except queue.Empty:
+                event = _nothing
+            if event is None:
+                return
+            self._turn(event)
+
+    def _turn(self, event: Callable[[], None]) -> None:
+        """Handle one event, decide, publish, start the work, and only then answer who asked."""
+        self._answers = []
+        try:
+            event()
+            self._tick()
+            effects = self._fleet.settle(self._clock())
+            self.view = self._fleet.view()
+            for effect in effects:
+                self._submit(effect)
+        except Exception:
+            log.exception("the control loop met an error of its own; it goes on")
+        for done in self._answers:
+            done.set_result(None)
+
+    def _tick(self) -> None:
+        """Now and then look at what only time has changed."""
+        now = self._clock()
+        if now - self._ticked >= self._tick_every:
+            self._ticked = now
+            self._tick_every = BUSY_TICK if self._fleet.look_at_unsettled() else REST_TICK
+
+    def _on_exit(self, replica: str, how: Exit) -> None:
+        """A launcher saw a replica end (on one of its threads)."""
+        self._events.put(lambda: self._exited(replica, how))
+
+    def _exited(self, replica: str, how: Exit) -> None:
+        service = self._fleet.owner_of(replica)
+        found = service.replica(replica) if service is not None else None
+        if service is None or found is None:
+            return
+        name, kind = service.spec.name, service.spec.launcher
+        log.info("service %s replica %s: %s while %s", name, replica, how.describe(), found.phase)
+
+        def with_log() -> None:
+            lines = self._log_tail(kind, replica)
+            self._change(name, lambda s, now: observed.ended(s, replica, how, lines, now))
+
+        if found.phase in observed.LAUNCHING and found.drain is None:
+            self._run(with_log)
+        else:
+            self._fleet.change(name, lambda s: observed.ended(s, replica, how, (), self._clock()))
+
+    # -- pool threads ----------------------------------------------------------------------
+
+    def _submit(self, effect: Effect) -> None:
+        spec, replica = effect.spec, effect.replica
+        match effect:
+            case LaunchReplica():
+                self._run(lambda: self._launch(spec, replica))
+            case FetchLastWords():
+                self._run(lambda: self._last_words(spec, replica))
+            case _:
+                self._run(lambda: self._stop(spec, replica))
+
+    def _run(self, work: Callable[[], None]) -> None:
+        def guarded() -> None:
+            try:
+                work()
+            except Exception:
+                log.exception("work on a replica failed; what is due is decided again")
+
+        try:
+            self._pool.submit(guarded)
+        except RuntimeError:
+            log.info("shutting down: no more work is begun")
+
+    def _launch(self, spec: ServiceSpec, replica: str) -> None:
+        launcher = self._launchers.get(spec.launcher)
+        try:
+            if launcher is None:
+                raise CannotStart(f"this version has no launcher {spec.launcher.value!r}")
+            running = launcher.launch(spec, replica)
+        except (StartRefused, CannotStart) as error:
+            self._launch_failed(spec, replica, error.reason, str(error))
+        except Exception as error:
+            log.exception("service %s replica %s: launching broke", spec.name, replica)
+            self._stop(spec, replica)
+            self._launch_failed(spec, replica, StartRefused.reason, f"internal error: {error!r}")
+        else:
+            self._change(spec.name, lambda s, now: observed.launched(s, running, now))
+
+    def _launch_failed(self, spec: ServiceSpec, replica: str, code: str, why: str) -> None:
+        self._change(spec.name, lambda s, now: observed.launch_failed(s, replica, code, why, now))
+
+    def _stop(self, spec: ServiceSpec, replica: str) -> None:
+        launcher = self._launchers.get(spec.launcher)
+        if launcher is not None:
+            launcher.stop(replica)
+
+    def _last_words(self, spec: ServiceSpec, replica: str) -> None:
+        lines = self._log_tail(spec.launcher, replica)
+        self._change(spec.name, lambda s, now: observed.last_words(s, replica, lines, now))
+        self._stop(spec, replica)
+
+    def _log_tail(self, kind: LauncherKind, replica: str) -> tuple[str, ...]:
+        launcher = self._launchers.get(kind)
+        return () if launcher is None else tuple(launcher.log_tail(replica, LOG_LINES))
+
+    def _change(self, name: str, fold: Callable[[Service, float], Service]) -> None:
+        """Queue a change of one service."""
+        self._events.put(
+            lambda: self._fleet.change(name, lambda service: fold(service, self._clock()))
+        )
+
+
+def _nothing() -> None:
+    """The event of a turn in which only time has passed."""

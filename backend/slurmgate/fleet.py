@@ -1,0 +1,305 @@
+"""All services together: takes events in, decides, numbers the snapshots. Pure but for its log.
+
+Not thread-safe: the control loop owns the one Fleet of a backend and calls it from its thread
+only. No method does I/O or reads a clock; what is to be done outside comes back as effects.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from slurmgate import lifecycle, observed, snapshot
+from slurmgate.errors import UnknownService
+from slurmgate.model import LauncherKind, Running, ServiceSpec
+from slurmgate.observed import ReplicaReport, Service, ServiceReport
+
+log = logging.getLogger(__name__)
+
+MAX_STEPS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """One notify call of a gate. ``epoch`` and ``number`` name the snapshot it had stored."""
+
+    gate: str
+    epoch: str | None
+    number: int | None
+    services: Mapping[str, ServiceReport]
+    replicas: Mapping[str, ReplicaReport]
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What all other threads may read: every service as it stands after the last change."""
+
+    epoch: str
+    number: int
+    services: tuple[Service, ...]
+    enabled: bool
+    gate: str | None
+    gate_seen: float
+
+    def find(self, name: str) -> Service:
+        """Find a configured service by name or route; raise UnknownService."""
+        for service in self.services:
+            if not service.retired and name in (service.spec.name, service.spec.route_name):
+                return service
+        raise UnknownService(f"no service is called {name!r}; GET /info lists them")
+
+    def wire(self, now: float) -> dict[str, Any]:
+        """The whole snapshot as the gate gets it."""
+        return {
+            "version": {"epoch": self.epoch, "n": self.number},
+            "services": [snapshot.wire(service, now) for service in self.services],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchReplica:
+    """To be done outside: start this replica."""
+
+    spec: ServiceSpec
+    replica: str
+
+
+@dataclass(frozen=True, slots=True)
+class StopReplica:
+    """To be done outside: end this replica."""
+
+    spec: ServiceSpec
+    replica: str
+
+
+@dataclass(frozen=True, slots=True)
+class FetchLastWords:
+    """To be done outside: read the last lines of its log, then report them."""
+
+    spec: ServiceSpec
+    replica: str
+
+
+Effect = LaunchReplica | StopReplica | FetchLastWords
+
+
+class Fleet:
+    """Every service, the number of the newest snapshot, and which gate reports."""
+
+    def __init__(self, epoch: str, new_id: Callable[[], str], now: float, *, enabled: bool) -> None:
+        self._epoch = epoch
+        self._new_id = new_id
+        self._enabled = enabled
+        self._services: dict[str, Service] = {}
+        self._dirty: set[str] = set()
+        self._essences: dict[str, dict[str, Any]] = {}
+        self._effects: list[Effect] = []
+        self._number = 0
+        self._gate: str | None = None
+        self._former_gates: set[str] = set()
+        self._gate_seen = now
+        self._before_gate: dict[str, int] = {}
+
+    def view(self) -> View:
+        """An immutable picture of everything."""
+        return View(
+            self._epoch,
+            self._number,
+            tuple(self._services.values()),
+            self._enabled,
+            self._gate,
+            self._gate_seen,
+        )
+
+    # -- deciding --------------------------------------------------------------------------
+
+    def look_at_unsettled(self) -> int:
+        """Have the next ``settle`` look at all services in which time alone changes something."""
+        unsettled = [name for name, service in self._services.items() if _unsettled(service)]
+        self._dirty.update(unsettled)
+        return len(unsettled)
+
+    def settle(self, now: float) -> list[Effect]:
+        """Decide for every service that changed and number the snapshot; what is to be done."""
+        changed = False
+        dirty, self._dirty = self._dirty, set()
+        for name in dirty & self._services.keys():
+            for _ in range(MAX_STEPS):
+                actions = lifecycle.decide(self._services[name], self._gate_seen, now)
+                for action in actions:
+                    self._act(name, action, now)
+                if not actions:
+                    break
+            changed = self._note(name, now) or changed
+        if changed:
+            self._publish()
+        effects, self._effects = self._effects, []
+        return effects
+
+    def _act(self, name: str, action: lifecycle.Action, now: float) -> None:
+        service = self._services[name]
+        if isinstance(action, lifecycle.Launch):
+            replica = self._new_id()
+            self._services[name] = lifecycle.launching(service, replica, now)
+            log.info("service %s replica %s: starting", name, replica)
+            self._effects.append(LaunchReplica(service.spec, replica))
+            return
+        self._services[name] = lifecycle.apply(service, action, now)
+        _log_action(service, action, now)
+        if isinstance(action, lifecycle.Stop):
+            self._effects.append(StopReplica(service.spec, action.replica))
+        elif isinstance(action, lifecycle.GiveUp):
+            self._effects.append(FetchLastWords(service.spec, action.replica))
+
+    def _note(self, name: str, now: float) -> bool:
+        """Did anything change that the gate must know?"""
+        service = self._services[name]
+        if service.retired and not service.replicas:
+            del self._services[name]
+            self._before_gate.pop(name, None)
+            return self._essences.pop(name, None) is not None
+        essence = snapshot.essence(service, now)
+        if self._essences.get(name) == essence:
+            return False
+        self._essences[name] = essence
+        return True
+
+    def _publish(self) -> None:
+        self._number += 1
+        for name, service in self._services.items():
+            if service.replicas:
+                published = tuple(observed.published(r, self._number) for r in service.replicas)
+                self._services[name] = replace(service, replicas=published)
+
+    # -- events ----------------------------------------------------------------------------
+
+    def _set(self, name: str, service: Service) -> None:
+        before = self._services.get(name)
+        self._services[name] = service
+        self._dirty.add(name)
+        failure = service.failure
+        if failure is not None and (before is None or before.failure is not failure):
+            tail = "".join(f"\n    {line}" for line in failure.log)
+            wait = failure.retry_at - failure.at
+            log.warning(
+                "service %s: start failed: %s; next try in %g s%s", name, failure.reason, wait, tail
+            )
+
+    def change(self, name: str, fold: Callable[[Service], Service]) -> None:
+        """Change one service by name, if there (still) is one."""
+        service = self._services.get(name)
+        if service is not None:
+            self._set(name, fold(service))
+
+    def change_configured(self, name: str, fold: Callable[[Service], Service]) -> None:
+        """Change one service by name or route; raise UnknownService."""
+        self.change(self.view().find(name).spec.name, fold)
+
+    def owner_of(self, replica: str) -> Service | None:
+        """Find the service a replica belongs to."""
+        services = self._services.values()
+        return next((s for s in services if s.replica(replica) is not None), None)
+
+    def configure(self, specs: Iterable[ServiceSpec]) -> None:
+        """Take over a configuration: what did not change is left alone, what is gone retires."""
+        before, self._services = self._services, {}
+        for spec in specs:
+            known = before.pop(spec.name, None)
+            if known is None:
+                self._set(spec.name, Service(spec, enabled=self._enabled))
+                continue
+            self._services[spec.name] = known
+            if known.spec != spec or known.retired:
+                self._set(spec.name, observed.configured(known, spec))
+        for name, service in before.items():
+            self._services[name] = service
+            if not service.retired:
+                self._set(name, observed.retired(service))
+
+    def manage(self, now: float, *, enabled: bool, kill: bool) -> None:
+        """Switch management of all services on or off; with ``kill`` end every replica too."""
+        self._enabled = enabled
+        for name, service in list(self._services.items()):
+            changed = replace(service, enabled=enabled)
+            if not enabled:
+                changed = replace(changed, start_lease=False)
+            if kill:
+                changed = lifecycle.stop_by_admin(changed, 0.0, now)
+            self._set(name, changed)
+
+    def adopt(self, kind: LauncherKind, running: Running, folder: Path, now: float) -> None:
+        """Take over a replica that an earlier backend started, whatever is configured now."""
+        name = running.service
+        if name not in self._services:
+            spec = ServiceSpec(name, "", (), "", "/", 60.0, folder, launcher=kind)
+            self._services[name] = Service(spec, retired=True)
+        adopted = observed.adopted(self._services[name], running, now)
+        if running.stopping:
+            adopted = lifecycle.stop_by_admin(adopted, 0.0, now)
+        self._set(name, adopted)
+        log.info("service %s replica %s: adopted, %s", name, running.replica, running.endpoint)
+
+    def report(self, report: Report, now: float) -> None:
+        """Take in what a gate says; a gate that another one has followed is not heard."""
+        if report.gate != self._gate and not self._gate_takes_over(report.gate):
+            return
+        self._gate_seen = now
+        stored = report.number if report.epoch == self._epoch else None
+        for name, service in list(self._services.items()):
+            told = report.services.get(name)
+            changed = service
+            if told is not None:
+                total = self._before_gate.get(name, 0) + told.requests
+                changed = observed.reported(changed, replace(told, requests=total), now)
+            for replica in service.replicas:
+                seen = report.replicas.get(replica.id)
+                if seen is not None:
+                    heard = observed.replica_reported(replica, seen, stored, now)
+                    changed = observed.with_replica(changed, heard)
+            if changed is not service:
+                self._set(name, changed)
+
+    def _gate_takes_over(self, gate: str) -> bool:
+        """Another gate reports: counts of the former end with it, and it is never heard again."""
+        if gate in self._former_gates:
+            return False
+        if self._gate is not None:
+            self._former_gates.add(self._gate)
+            log.info("gate restarted: its counts begin anew")
+            for name, service in self._services.items():
+                self._before_gate[name] = service.demand.requests
+                self._set(name, observed.gate_changed(service))
+        self._gate = gate
+        return True
+
+
+def _unsettled(service: Service) -> bool:
+    """Can time alone change what is to be done about it?"""
+    return bool(
+        service.replicas
+        or service.demand.waiting
+        or service.start_lease
+        or service.failure is not None
+        or service.retired
+        or service.demand.lease_until is not None
+    )
+
+
+def _log_action(service: Service, action: lifecycle.Action, now: float) -> None:
+    name = service.spec.name
+    match action:
+        case lifecycle.MarkReady(replica=r):
+            found = service.replica(r)
+            took = now - found.created_at if found is not None else 0.0
+            log.info("service %s replica %s: ready, %.1f s after its start", name, r, took)
+        case lifecycle.Close(replica=r, why=why):
+            log.info("service %s replica %s: draining: %s", name, r, why)
+        case lifecycle.Reopen(replica=r):
+            log.info("service %s replica %s: ready again, demand came while draining", name, r)
+        case lifecycle.Stop(replica=r, reason=why) | lifecycle.GiveUp(replica=r, reason=why):
+            log.info("service %s replica %s: stopping: %s", name, r, why)
+        case _:
+            pass

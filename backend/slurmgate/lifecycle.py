@@ -1,0 +1,297 @@
+"""The pure decisions about a service's replicas: ``decide`` says what to do, ``apply`` what follows.
+
+Level-triggered: ``decide`` looks only at the present state, so an action that was lost, or came
+too late, is simply decided again. Called by the control loop, the only writer of this state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from slurmgate.model import Health, Phase
+from slurmgate.observed import (
+    LAUNCHING,
+    RECENT_COLD_STARTS,
+    Drain,
+    Replica,
+    Service,
+    counted,
+    with_replica,
+)
+
+ADMIN_DRAIN = 60.0
+STOP_AGAIN = 20.0
+SILENT_GRACE = 300.0
+SILENT_STOP = 5.0
+LAST_WORDS = 5.0
+LEAVING = frozenset({Phase.DRAINING, Phase.FAILED, Phase.STOPPING})
+RETURNING = frozenset({Drain.IDLE, Drain.SILENT})
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """Start one more replica."""
+
+
+@dataclass(frozen=True, slots=True)
+class MarkReady:
+    """Its first healthy answer came: let requests to it."""
+
+    replica: str
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """Give it no new requests and end it once none is left, at ``by`` at the latest."""
+
+    replica: str
+    why: Drain
+    by: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reopen:
+    """Demand came before it was ended: let requests to it again."""
+
+    replica: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """End its processes or job now."""
+
+    replica: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class GiveUp:
+    """Its start has failed: fetch the last lines of its log, then end it."""
+
+    replica: str
+    reason: str
+
+
+Action = Launch | MarkReady | Close | Reopen | Stop | GiveUp
+
+
+def decide(service: Service, gate_seen: float, now: float) -> tuple[Action, ...]:
+    """Compare what is with what should be; ``gate_seen`` is when the gate last reported."""
+    actions: list[Action] = []
+    for replica in service.replicas:
+        action = _decide_replica(service, replica, now - gate_seen, now)
+        if action is not None:
+            actions.append(action)
+    reopening = any(isinstance(a, Reopen) for a in actions)
+    if not reopening and _may_launch(service, now):
+        actions.append(Launch())
+    return tuple(actions)
+
+
+def _decide_replica(service: Service, replica: Replica, silent: float, now: float) -> Action | None:
+    match replica.phase:
+        case Phase.SUBMITTED | Phase.PENDING:
+            return _decide_pending(service, replica, now)
+        case Phase.RUNNING | Phase.STARTING:
+            return _decide_starting(service, replica, now)
+        case Phase.READY:
+            return _decide_ready(service, replica, silent, now)
+        case Phase.DRAINING:
+            return _decide_draining(service, replica, silent, now)
+        case Phase.FAILED if now - replica.since >= LAST_WORDS:
+            return Stop(replica.id, replica.reason or "")
+        case Phase.STOPPING if now - replica.since >= STOP_AGAIN:
+            return Stop(replica.id, replica.reason or "")
+        case _:
+            return None
+
+
+def _changed(service: Service, replica: Replica) -> bool:
+    return replica.start_hash != service.spec.start_hash()
+
+
+def _decide_pending(service: Service, replica: Replica, now: float) -> Action | None:
+    if replica.phase is Phase.SUBMITTED:
+        return None
+    spec = service.spec
+    if service.retired or replica.drain is not None or _changed(service, replica):
+        return Stop(replica.id, "no longer wanted")
+    if spec.queue_timeout and now - replica.created_at >= spec.queue_timeout:
+        reason = f"still in the queue after {spec.queue_timeout:g} s (queue_timeout)"
+        return GiveUp(replica.id, reason)
+    if not service.wanted(now) and now - service.last_demand >= spec.abandon_timeout:
+        return Stop(replica.id, "every waiting client has hung up")
+    return None
+
+
+def _decide_starting(service: Service, replica: Replica, now: float) -> Action | None:
+    spec = service.spec
+    changed = _changed(service, replica) and replica.never_routable
+    if service.retired or replica.drain is not None or changed:
+        if replica.never_routable:
+            return Stop(replica.id, "no longer wanted")
+        return Close(replica.id, replica.drain or Drain.REMOVED, replica.drain_by)
+    if replica.health is Health.UP:
+        return MarkReady(replica.id)
+    running_at = replica.running_at if replica.running_at is not None else replica.since
+    if now - running_at >= spec.start_timeout:
+        if not replica.never_routable:
+            return Close(replica.id, Drain.UNHEALTHY)
+        seen = replica.health_detail or "no health check was answered"
+        reason = f"not healthy {spec.start_timeout:g} s after its start (start_timeout): {seen}"
+        return GiveUp(replica.id, reason)
+    return None
+
+
+def _decide_ready(service: Service, replica: Replica, silent: float, now: float) -> Action | None:
+    spec = service.spec
+    if service.retired:
+        by = now + spec.drain_timeout if spec.drain_timeout else None
+        return Close(replica.id, Drain.REMOVED, by)
+    if silent >= spec.timeout + SILENT_GRACE:
+        return Close(replica.id, Drain.SILENT)
+    if replica.down_since is not None and now - replica.down_since >= spec.replace_after:
+        return Close(replica.id, Drain.UNHEALTHY)
+    since = service.idle_since(replica.ready_at or replica.since)
+    if since is None or replica.in_flight > 0:
+        return None
+    if _changed(service, replica):
+        return Close(replica.id, Drain.CHANGED)
+    unused = service.demand.last_use is None or service.demand.last_use < (replica.ready_at or 0)
+    if now - since >= spec.timeout and not (service.leased(now) and unused):
+        by = now + spec.drain_timeout if spec.drain_timeout else None
+        return Close(replica.id, Drain.IDLE, by)
+    return None
+
+
+def _decide_draining(
+    service: Service, replica: Replica, silent: float, now: float
+) -> Action | None:
+    reason = replica.drain.value if replica.drain else "no longer wanted"
+    if not service.retired and _take_back(service, replica, silent, now):
+        return Reopen(replica.id)
+    if replica.quiet or replica.never_routable:
+        return Stop(replica.id, reason)
+    overdue = replica.drain_by is not None and now >= replica.drain_by
+    if overdue and (replica.acked or silent >= SILENT_STOP):
+        return Stop(replica.id, reason)
+    if silent >= service.spec.timeout + SILENT_GRACE:
+        return Stop(replica.id, "the gate has not reported for too long")
+    return None
+
+
+def _take_back(service: Service, replica: Replica, silent: float, now: float) -> bool:
+    """Has what closed the replica passed? Other reasons than these stand."""
+    match replica.drain:
+        case Drain.IDLE:
+            since = service.idle_since(replica.ready_at or replica.since)
+            used = since is None or now - since < service.spec.timeout
+            return used or replica.in_flight > 0 or service.wanted(now)
+        case Drain.UNHEALTHY:
+            return replica.health is Health.UP and len(service.replicas) == 1
+        case Drain.SILENT:
+            return silent < SILENT_STOP
+        case _:
+            return False
+
+
+def _may_launch(service: Service, now: float) -> bool:
+    """Is a replica missing? Those that leave do not count, but at most one may be leaving."""
+    if service.retired or not service.enabled or not service.wanted(now):
+        return False
+    if service.backing_off(now):
+        return False
+    if not all(r.phase in LEAVING for r in service.replicas):
+        return False
+    if any(r.phase is Phase.DRAINING and r.drain in RETURNING for r in service.replicas):
+        return False
+    return len(service.replicas) <= (1 if service.spec.remote_port is None else 0)
+
+
+def launching(service: Service, replica_id: str, now: float) -> Service:
+    """Note a replica about to be launched, before anything is done about it."""
+    replica = Replica(
+        id=replica_id,
+        phase=Phase.SUBMITTED,
+        start_hash=service.spec.start_hash(),
+        since=now,
+        created_at=now,
+    )
+    return replace(service, replicas=(*service.replicas, replica), last_demand=now)
+
+
+def apply(
+    service: Service, action: MarkReady | Close | Reopen | Stop | GiveUp, now: float
+) -> Service:
+    """Give the service as it is once the action was taken."""
+    replica = service.replica(action.replica)
+    if replica is None:
+        return service
+    match action:
+        case MarkReady():
+            return _ready(service, replica, now)
+        case Close(why=why, by=by):
+            closed = replace(replica, phase=Phase.DRAINING, since=now, drain=why, drain_by=by)
+            service = with_replica(service, closed)
+            if why is Drain.IDLE:
+                return replace(service, lease_void_before=now)
+            return replace(service, start_lease=True) if _renew(why) else service
+        case Reopen():
+            opened = replace(replica, phase=Phase.READY, since=now, drain=None, drain_by=None)
+            return replace(with_replica(service, opened), start_lease=False)
+        case Stop(reason=reason):
+            return with_replica(
+                service, replace(replica, phase=Phase.STOPPING, since=now, reason=reason)
+            )
+        case GiveUp(reason=reason):
+            return with_replica(
+                service, replace(replica, phase=Phase.FAILED, since=now, reason=reason)
+            )
+
+
+def _renew(why: Drain) -> bool:
+    """A service that was warm stays warm when only its replica has to change."""
+    return why in (Drain.CHANGED, Drain.UNHEALTHY)
+
+
+def _ready(service: Service, replica: Replica, now: float) -> Service:
+    was_adopted = not replica.never_routable
+    last_use = service.demand.last_use if was_adopted else None
+    ready = replace(
+        replica,
+        phase=Phase.READY,
+        since=now,
+        ready_at=now if last_use is None else last_use,
+        down_since=None,
+    )
+    service = with_replica(service, ready)
+    if not was_adopted:
+        cold_start = now - replica.created_at
+        recent = (*service.cold_starts, cold_start)[-RECENT_COLD_STARTS:]
+        service = replace(
+            counted(service, "ready"),
+            cold_starts=recent,
+            cold_start_histogram=service.cold_start_histogram.add(cold_start),
+        )
+    return replace(service, failures=0, failure=None, start_lease=False)
+
+
+def stop_by_admin(service: Service, drain_for: float, now: float) -> Service:
+    """An operator wants every replica of it ended within ``drain_for`` seconds; leases end."""
+    service = replace(service, start_lease=False, lease_void_before=now)
+    for replica in service.replicas:
+        if replica.phase in (Phase.STOPPING, Phase.FAILED):
+            continue
+        marked = replace(replica, drain=Drain.ADMIN, drain_by=now + drain_for)
+        if replica.phase is Phase.READY:
+            marked = replace(marked, phase=Phase.DRAINING, since=now)
+        service = with_replica(service, marked)
+    return service
+
+
+def start_by_admin(service: Service) -> Service:
+    """An operator wants it started now, whatever failed before."""
+    if any(r.phase in LAUNCHING or r.phase is Phase.READY for r in service.replicas):
+        return service
+    return replace(service, start_lease=True, failures=0, failure=None)

@@ -1,0 +1,206 @@
+"""Plain values shared by all layers: service specifications and what is known of each replica.
+
+Durations are seconds. Points in time are seconds of the monotonic clock of this machine, unless a
+name says otherwise. Everything here is immutable; whoever changes something makes a new value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+
+class LauncherKind(StrEnum):
+    """Who runs the replicas of a service."""
+
+    SLURM = "slurm"
+    PROCESS = "process"
+
+
+class TunnelMode(StrEnum):
+    """How the gate reaches a replica of a Slurm service."""
+
+    AUTO = "auto"
+    NODE_LOOPBACK = "node-loopback"
+    NONE = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class HealthSpec:
+    """Pace and patience of the health polls."""
+
+    interval: float = 5.0
+    start_interval: tuple[float, float] = (0.05, 1.0)
+    timeout: float = 10.0
+    failures: int = 3
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaBounds:
+    """How many replicas a service may have and how much one may carry (0: no bound)."""
+
+    min: int = 0
+    max: int = 1
+    target_in_flight: int = 8
+    max_in_flight: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SshSpec:
+    """How to log in to the login host of a service."""
+
+    host: str
+    username: str | None = None
+    key_file: Path | None = None
+    port: int = 22
+    known_hosts: Path | None = None
+    jump: str | None = None
+    control_path: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceSpec:
+    """One entry of ``Services``, validated and with every default filled in.
+
+    ``remote_port`` is None for ``auto``. ``folder`` is the directory of the configuration file;
+    the process launcher resolves ``bash_file`` against it and runs the service there.
+    """
+
+    name: str
+    route_name: str
+    api_paths: tuple[str, ...]
+    bash_file: str
+    check_health_path: str
+    timeout: float
+    folder: Path
+    launcher: LauncherKind = LauncherKind.SLURM
+    description: str = ""
+    models: tuple[str, ...] = ()
+    remote_port: int | None = None
+    port_range: tuple[int, int] = (20000, 29999)
+    env: tuple[tuple[str, str], ...] = ()
+    ssh: SshSpec | None = None
+    remote_setup: tuple[str, ...] = ()
+    tunnel: TunnelMode = TunnelMode.AUTO
+    sbatch_args: tuple[str, ...] = ()
+    local_host: str | None = None
+    local_port: int | None = None
+    replicas: ReplicaBounds = field(default_factory=ReplicaBounds)
+    hold_timeout: float = 3600.0
+    start_timeout: float = 1800.0
+    queue_timeout: float = 0.0
+    abandon_timeout: float = 60.0
+    drain_timeout: float = 0.0
+    max_waiting: int = 1000
+    health: HealthSpec = field(default_factory=HealthSpec)
+    replace_after: float = 120.0
+    no_wake: tuple[str, ...] = ()
+    replay: int = 1
+    read_timeout: float = 600.0
+
+    def start_hash(self) -> str:
+        """Digest of the parameters a running replica cannot take over: a change means a new one."""
+        parts = (
+            self.launcher,
+            self.bash_file,
+            str(self.folder),
+            self.remote_port,
+            self.port_range,
+            sorted(self.env),
+            None if self.ssh is None else [str(v) for v in dataclasses.astuple(self.ssh)],
+            self.remote_setup,
+            self.tunnel,
+            self.sbatch_args,
+        )
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]
+
+
+@dataclass(frozen=True, slots=True)
+class TlsSpec:
+    """Certificate chain and key of the public listener; both are read at every handshake."""
+
+    certificate: Path
+    key: Path
+
+
+@dataclass(frozen=True, slots=True)
+class GateSpec:
+    """The ``gate`` section: what nginx is rendered from. ``max_*`` are bytes."""
+
+    listen: str = "127.0.0.1:8080"
+    private: tuple[str, ...] = ("127.0.0.0/8", "::1")
+    workers: int = 2
+    max_body: int = 1 << 30
+    max_held_bytes: int = 10 << 30
+    tls: TlsSpec | None = None
+    open: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """A whole configuration file that passed validation, with the warnings found on the way."""
+
+    path: Path
+    services: tuple[ServiceSpec, ...]
+    gate: GateSpec
+    instance: str | None = None
+    watch: bool = True
+    admin_token_file: Path | None = None
+    warnings: tuple[str, ...] = ()
+
+
+class Phase(StrEnum):
+    """Where a replica is in its life; ``gone`` and ``failed`` are ends."""
+
+    SUBMITTED = "submitted"
+    PENDING = "pending"
+    RUNNING = "running"
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    STOPPING = "stopping"
+    GONE = "gone"
+    FAILED = "failed"
+
+
+class Health(StrEnum):
+    """What the gate's polls say of a replica."""
+
+    UP = "up"
+    DOWN = "down"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How a job or process ended; both None: it ended unseen, while the backend was away."""
+
+    code: int | None = None
+    signal: int | None = None
+
+    def describe(self) -> str:
+        """Say it in words: ``exited with code 3``, ``was killed by signal 9``."""
+        if self.signal is not None:
+            return f"was killed by signal {self.signal}"
+        if self.code is not None:
+            return f"exited with code {self.code}"
+        return "ended while the backend was away"
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A replica that its launcher has started or adopted; ``stopping``: its end was under way."""
+
+    replica: str
+    service: str
+    start_hash: str
+    port: int
+    endpoint: str
+    job_id: str
+    node: str
+    started_at: float
+    stopping: bool = False

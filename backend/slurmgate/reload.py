@@ -1,0 +1,112 @@
+"""Reading the configuration again: all or nothing, by command, signal or because the file changed.
+
+One Reloader per backend; its methods may be called from any thread and run one at a time.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+from slurmgate import config as configuration
+from slurmgate.errors import ConfigError, SlurmgateError
+from slurmgate.model import Config, GateSpec
+
+log = logging.getLogger(__name__)
+
+WATCH_EVERY = 0.5
+
+Signature = tuple[int, int, int, int]
+GateChange = Callable[[GateSpec], "Callable[[], list[str]]"]
+"""Tries a changed gate section (ConfigError if nginx refuses it); the result puts it in force
+and gives notes for the operator."""
+
+
+class Reloader:
+    """Holds the configuration in force, and what was wrong with the last one that was refused."""
+
+    def __init__(
+        self,
+        config: Config,
+        apply: Callable[[Config], None],
+        try_gate: GateChange,
+        *,
+        error: str | None = None,
+    ) -> None:
+        self.config = config
+        self.error = error
+        self.loaded_at = _now()
+        self._apply = apply
+        self._try_gate = try_gate
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._seen = signature(config.path)
+        self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
+
+    def start(self) -> None:
+        """Begin to watch the file."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._closed.set()
+
+    def reload(self) -> list[str]:
+        """Read and apply the file; give notes for the operator.
+
+        Raises ConfigError, and everything stays as it was, when anything in it is wrong.
+        """
+        with self._lock:
+            self._seen = signature(self.config.path)
+            try:
+                fresh = configuration.load(self.config.path)
+                notes = list(fresh.warnings) + self._put_in_force(fresh)
+            except SlurmgateError as error:
+                self.error = str(error)
+                log.error("configuration refused, the running one stays:\n%s", error)
+                raise
+            self.error = None
+            self.loaded_at = _now()
+            log.info("configuration loaded: %d services", len(fresh.services))
+            return notes
+
+    def _put_in_force(self, fresh: Config) -> list[str]:
+        notes = []
+        commit = self._try_gate(fresh.gate) if fresh.gate != self.config.gate else None
+        if fresh.instance != self.config.instance:
+            notes.append("instance: takes effect at the next start of the backend")
+        self._apply(fresh)
+        self.config = fresh
+        return notes + (commit() if commit is not None else [])
+
+    def _watch(self) -> None:
+        """Reload once the file has changed and then kept still for a round."""
+        before: Signature | None = self._seen
+        while not self._closed.wait(WATCH_EVERY):
+            current = signature(self.config.path)
+            still = current == before
+            before = current
+            if not self.config.watch or not still or current == self._seen or current is None:
+                continue
+            try:
+                self.reload()
+            except ConfigError:
+                continue
+            except SlurmgateError as error:
+                log.error("configuration not applied: %s", error)
+
+
+def signature(path: Path) -> Signature | None:
+    """Tell one version of a file from another; None while there is no file."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

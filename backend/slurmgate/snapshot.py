@@ -1,0 +1,124 @@
+"""Pure: what the gate is told of each service, and what a change of it is.
+
+``essence`` holds all that the gate acts on and no age, so equal essences mean nothing new;
+``wire`` adds the ages of the moment it is sent. Both are JSON values.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from slurmgate.model import Phase
+from slurmgate.observed import LAUNCHING, Replica, Service
+
+ENDPOINT_PHASES = frozenset({Phase.STARTING, Phase.READY, Phase.DRAINING})
+DEFAULT_ESTIMATE = 10.0
+DISABLED_RETRY = 60.0
+
+
+def state(service: Service, now: float) -> str:
+    """The one word for people: cold, waking, ready, draining, failed, disabled."""
+    phases = {r.phase for r in service.replicas}
+    if Phase.READY in phases:
+        return "ready"
+    if phases & (LAUNCHING | {Phase.FAILED}):
+        return "waking"
+    if service.backing_off(now):
+        return "failed"
+    if phases:
+        return "draining"
+    if not service.enabled:
+        return "disabled"
+    return "waking" if service.wanted(now) and not service.retired else "cold"
+
+
+def reason(service: Service, now: float) -> str | None:
+    """Why it is in its state, in a sentence, where there is something to say."""
+    for replica in service.replicas:
+        if replica.phase in LAUNCHING and replica.health_detail:
+            return f"starting: {replica.health_detail}"
+        if replica.phase is Phase.READY and replica.down_since is not None:
+            return f"not healthy: {replica.health_detail}"
+        if replica.phase is Phase.DRAINING and replica.drain is not None:
+            return f"draining: {replica.drain.value}"
+    return service.failure.reason if service.failure is not None else None
+
+
+def estimate(service: Service, now: float) -> float:
+    """How many seconds a client that finds it cold will probably have to wait."""
+    if service.failure is not None and service.backing_off(now):
+        return service.failure.retry_at - now
+    usual = service.cold_starts
+    expected = sorted(usual)[len(usual) // 2] if usual else DEFAULT_ESTIMATE
+    launching = [now - r.created_at for r in service.replicas if r.phase in LAUNCHING]
+    return max(1.0, expected - max(launching, default=0.0))
+
+
+def refusal(service: Service, now: float) -> dict[str, Any] | None:
+    """Why no start is tried for a request at present; None when one is, or is under way."""
+    if any(r.phase in LAUNCHING for r in service.replicas):
+        return None
+    failure = service.failure
+    if failure is not None and service.backing_off(now):
+        return {"code": failure.code, "reason": failure.reason, "log": list(failure.log)}
+    if not service.enabled:
+        return {"code": "disabled", "reason": "service management is disabled", "log": []}
+    return None
+
+
+def essence(service: Service, now: float) -> dict[str, Any]:
+    """Everything about a service that the gate acts on, without ages."""
+    spec = service.spec
+    return {
+        "name": spec.name,
+        "route_name": spec.route_name,
+        "retired": service.retired,
+        "unknown": False,
+        "api_paths": list(spec.api_paths),
+        "no_wake": list(spec.no_wake),
+        "models": list(spec.models),
+        "state": state(service, now),
+        "reason": reason(service, now),
+        "refusal": refusal(service, now),
+        "hold_timeout": spec.hold_timeout,
+        "max_waiting": spec.max_waiting,
+        "replay": spec.replay,
+        "read_timeout": spec.read_timeout,
+        "health": {
+            "path": spec.check_health_path,
+            "interval": spec.health.interval,
+            "start_interval": list(spec.health.start_interval),
+            "timeout": spec.health.timeout,
+            "failures": spec.health.failures,
+        },
+        "replicas": [_replica(r) for r in service.replicas if _visible(r)],
+    }
+
+
+def _visible(replica: Replica) -> bool:
+    return replica.endpoint is not None and replica.phase in ENDPOINT_PHASES
+
+
+def _replica(replica: Replica) -> dict[str, Any]:
+    return {
+        "id": replica.id,
+        "gen": replica.gen,
+        "endpoint": replica.endpoint,
+        "phase": replica.phase.value,
+        "routable": replica.routable,
+        "job_id": replica.job_id,
+        "node": replica.node,
+    }
+
+
+def wire(service: Service, now: float) -> dict[str, Any]:
+    """The essence with ages and estimates as of now, as it is sent to the gate."""
+    entry = essence(service, now)
+    entry["retry_after_s"] = round(estimate(service, now), 3)
+    if entry["refusal"] is not None:
+        wait = estimate(service, now) if service.backing_off(now) else DISABLED_RETRY
+        entry["refusal"]["retry_after_s"] = round(max(wait, 1.0), 3)
+    ages = {r.id: now - r.running_at for r in service.replicas if r.running_at is not None}
+    for replica in entry["replicas"]:
+        replica["age_s"] = round(ages[replica["id"]], 3)
+    return entry

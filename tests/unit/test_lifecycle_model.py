@@ -1,0 +1,366 @@
+"""The pure core against a model: gate, launcher, lost and late messages, restarts, crashes.
+
+Hypothesis drives a Fleet together with a gate whose workers count, check and route in separate
+steps, and a launcher whose work takes as long as it likes. What must hold is checked all along.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from slurmgate import observed
+from slurmgate.fleet import Effect, FetchLastWords, Fleet, LaunchReplica, Report, StopReplica
+from slurmgate.lifecycle import start_by_admin, stop_by_admin
+from slurmgate.model import Exit, Health, LauncherKind, Phase, Running, ServiceSpec
+from slurmgate.observed import ReplicaReport, ServiceReport
+
+NAME = "S"
+SPEC = ServiceSpec(
+    name=NAME,
+    route_name="s",
+    api_paths=("/",),
+    bash_file="serve.sh",
+    check_health_path="/health",
+    timeout=10.0,
+    folder=Path("/x"),
+    launcher=LauncherKind.PROCESS,
+    start_timeout=60.0,
+    replace_after=30.0,
+)
+
+
+@dataclass
+class Worker:
+    """One nginx worker's request on its way: picked, then counted, then checked."""
+
+    version: tuple[str, int]
+    replica: str
+    counted: bool = False
+
+
+@dataclass
+class Gate:
+    """The shared dict of one nginx master, and what its workers are doing."""
+
+    boot: str
+    version: tuple[str, int] | None = None
+    services: list[dict] = field(default_factory=list)
+    in_flight: dict[str, int] = field(default_factory=dict)
+    health: dict[str, Health] = field(default_factory=dict)
+    waiting: int = 0
+    requests: int = 0
+    last_use: float | None = None
+    workers: list[Worker] = field(default_factory=list)
+
+    def routable(self) -> list[str]:
+        return [
+            replica["id"]
+            for service in self.services
+            if not service["retired"]
+            for replica in service["replicas"]
+            if replica["routable"]
+        ]
+
+    def shown(self) -> dict[str, dict]:
+        return {r["id"]: r for service in self.services for r in service["replicas"]}
+
+    def store(self, answer: dict) -> None:
+        version = (answer["version"]["epoch"], answer["version"]["n"])
+        if self.version is None or version > self.version:
+            self.version, self.services = version, answer["services"]
+
+
+class Life(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 1000.0
+        self.ids = (f"r{n}" for n in itertools.count())
+        self.epochs = (f"{n:04d}" for n in itertools.count(1))
+        self.gates = (f"gate{n}" for n in itertools.count(1))
+        self.spec = SPEC
+        self.todo: list[Effect] = []
+        self.alive: dict[str, Running] = {}
+        self.cancelled: set[str] = set()
+        self.healthy: set[str] = set()
+        self.reports: list[Report] = []
+        self.answers: list[tuple[str, dict]] = []
+        self.gate = Gate(next(self.gates))
+        self.boot_backend()
+
+    # -- the backend -----------------------------------------------------------------------
+
+    def boot_backend(self) -> None:
+        self.epoch = next(self.epochs)
+        self.fleet = Fleet(self.epoch, lambda: next(self.ids), self.now, enabled=True)
+        self.fleet.configure([self.spec])
+        self.todo = []
+        for running in self.alive.values():
+            adopted = replace(running, stopping=running.replica in self.cancelled)
+            self.fleet.adopt(LauncherKind.PROCESS, adopted, Path("/x"), self.now)
+        self.settle()
+
+    def settle(self) -> None:
+        self.fleet.look_at_unsettled()
+        effects = self.fleet.settle(self.now)
+        for effect in effects:
+            if isinstance(effect, StopReplica):
+                self.cancelled.add(effect.replica)
+                assert self.reach(effect.replica) == 0 or self.may_cut(effect.replica)
+        self.todo += effects
+
+    def service(self) -> observed.Service:
+        return self.fleet.view().find(NAME)
+
+    def may_cut(self, replica: str) -> bool:
+        """Only an operator's deadline and a gate silent for long end a replica in use."""
+        found = self.service().replica(replica)
+        silent = self.now - self.fleet.view().gate_seen
+        by_admin = found is not None and found.drain is observed.Drain.ADMIN
+        return by_admin or silent >= self.spec.timeout + 300
+
+    def reach(self, replica: str) -> int:
+        """Requests at the replica and such as nothing can keep from it any more."""
+        return self.gate.in_flight.get(replica, 0) - sum(
+            w.counted and w.replica == replica and w.version != self.gate.version
+            for w in self.gate.workers
+        )
+
+    def event(self, fold) -> None:
+        self.fleet.change(NAME, fold)
+        self.settle()
+
+    # -- rules: time and faults ------------------------------------------------------------
+
+    @rule(seconds=st.sampled_from([0.1, 1.0, 5.0, 11.0, 61.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+        self.settle()
+
+    @rule()
+    def backend_is_killed(self) -> None:
+        self.boot_backend()
+
+    @rule()
+    def gate_is_killed(self) -> None:
+        self.gate = Gate(next(self.gates))
+
+    @precondition(lambda self: self.alive)
+    @rule(data=st.data())
+    def replica_crashes(self, data: st.DataObject) -> None:
+        self.end(data.draw(st.sampled_from(sorted(self.alive))), Exit(signal=9))
+
+    def end(self, replica: str, how: Exit) -> None:
+        del self.alive[replica]
+        self.gate.in_flight.pop(replica, None)
+        self.gate.workers = [w for w in self.gate.workers if w.replica != replica]
+        self.event(lambda s: observed.ended(s, replica, how, (), self.now))
+
+    # -- rules: clients and workers --------------------------------------------------------
+
+    @rule()
+    def request_comes(self) -> None:
+        self.gate.requests += 1
+        routable = self.gate.routable()
+        if routable and self.gate.version is not None:
+            self.gate.workers.append(Worker(self.gate.version, routable[0]))
+        else:
+            self.gate.waiting += 1
+
+    @precondition(lambda self: self.gate.waiting and self.gate.routable())
+    @rule()
+    def waiter_is_released(self) -> None:
+        assert self.gate.version is not None
+        self.gate.waiting -= 1
+        self.gate.workers.append(Worker(self.gate.version, self.gate.routable()[0]))
+
+    @precondition(lambda self: self.gate.waiting)
+    @rule()
+    def waiting_client_hangs_up(self) -> None:
+        self.gate.waiting -= 1
+
+    @precondition(lambda self: any(not w.counted for w in self.gate.workers))
+    @rule()
+    def worker_counts(self) -> None:
+        worker = next(w for w in self.gate.workers if not w.counted)
+        worker.counted = True
+        in_flight = self.gate.in_flight
+        in_flight[worker.replica] = in_flight.get(worker.replica, 0) + 1
+
+    @precondition(lambda self: any(w.counted for w in self.gate.workers))
+    @rule()
+    def worker_checks_and_sends(self) -> None:
+        worker = next(w for w in self.gate.workers if w.counted)
+        self.gate.workers.remove(worker)
+        if worker.version == self.gate.version:
+            if worker.replica in self.cancelled:
+                assert self.may_cut(worker.replica), "a request reached a cancelled replica"
+            return
+        self.gate.in_flight[worker.replica] -= 1
+        self.gate.waiting += 1
+
+    @precondition(lambda self: any(self.gate.in_flight.values()))
+    @rule()
+    def request_ends(self) -> None:
+        busy = {w.replica for w in self.gate.workers if w.counted}
+        for replica, count in self.gate.in_flight.items():
+            if count > 0 and replica not in busy:
+                self.gate.in_flight[replica] -= 1
+                self.gate.last_use = self.now
+                return
+
+    # -- rules: the exchange ---------------------------------------------------------------
+
+    def report(self) -> Report:
+        gate = self.gate
+        shown = gate.shown()
+        return Report(
+            gate=gate.boot,
+            epoch=gate.version[0] if gate.version else None,
+            number=gate.version[1] if gate.version else None,
+            services={
+                NAME: ServiceReport(
+                    requests=gate.requests,
+                    waiting=gate.waiting,
+                    in_flight=sum(gate.in_flight.values()),
+                    idle_s=None if gate.last_use is None else self.now - gate.last_use,
+                )
+            },
+            replicas={
+                r: ReplicaReport(
+                    shown[r]["gen"],
+                    gate.in_flight.get(r, 0),
+                    Health.UP if r in self.healthy and r in self.alive else Health.UNKNOWN,
+                )
+                for r in shown
+            },
+        )
+
+    @rule()
+    def gate_reports(self) -> None:
+        self.reports.append(self.report())
+
+    @precondition(lambda self: self.reports)
+    @rule(data=st.data(), lost=st.booleans())
+    def report_arrives(self, data: st.DataObject, lost: bool) -> None:
+        place = data.draw(st.integers(0, len(self.reports) - 1))
+        report = self.reports.pop(place)
+        if lost:
+            return
+        self.fleet.report(report, self.now)
+        self.settle()
+        view = self.fleet.view()
+        if (report.epoch, report.number) != (view.epoch, view.number):
+            self.answers.append((report.gate, view.wire(self.now)))
+
+    @precondition(lambda self: self.answers)
+    @rule(data=st.data(), lost=st.booleans())
+    def answer_arrives(self, data: st.DataObject, lost: bool) -> None:
+        boot, answer = self.answers.pop(data.draw(st.integers(0, len(self.answers) - 1)))
+        if not lost and boot == self.gate.boot:
+            self.gate.store(answer)
+
+    # -- rules: the launcher ---------------------------------------------------------------
+
+    @precondition(lambda self: self.todo)
+    @rule(data=st.data(), succeeds=st.booleans())
+    def work_is_done(self, data: st.DataObject, succeeds: bool) -> None:
+        effect = self.todo.pop(data.draw(st.integers(0, len(self.todo) - 1)))
+        replica = effect.replica
+        match effect:
+            case LaunchReplica() if succeeds:
+                running = Running(
+                    replica, NAME, effect.spec.start_hash(), 1, "127.0.0.1:1", "1", "n", self.now
+                )
+                self.alive[replica] = running
+                self.event(lambda s: observed.launched(s, running, self.now))
+            case LaunchReplica():
+                self.event(
+                    lambda s: observed.launch_failed(s, replica, "start-failed", "no", self.now)
+                )
+            case FetchLastWords():
+                self.event(lambda s: observed.last_words(s, replica, ("bye",), self.now))
+                self.cancelled.add(replica)
+                self.stop(replica)
+            case StopReplica():
+                self.stop(replica)
+
+    def stop(self, replica: str) -> None:
+        if replica in self.alive:
+            self.end(replica, Exit(signal=15))
+
+    @precondition(lambda self: set(self.alive) - self.healthy)
+    @rule()
+    def replica_becomes_healthy(self) -> None:
+        self.healthy |= set(self.alive)
+
+    # -- rules: operators ------------------------------------------------------------------
+
+    @rule(what=st.sampled_from(["start", "stop"]))
+    def operator_acts(self, what: str) -> None:
+        if what == "start":
+            self.event(start_by_admin)
+        else:
+            self.event(lambda s: stop_by_admin(s, 60.0, self.now))
+
+    @rule(script=st.sampled_from(["serve.sh", "other.sh"]))
+    def configuration_changes(self, script: str) -> None:
+        self.spec = replace(SPEC, bash_file=script)
+        self.fleet.configure([self.spec])
+        self.settle()
+
+    # -- what must hold --------------------------------------------------------------------
+
+    @invariant()
+    def never_two_starts(self) -> None:
+        replicas = self.service().replicas
+        leaving = (Phase.DRAINING, Phase.FAILED, Phase.STOPPING)
+        meant = [r for r in replicas if r.phase not in leaving]
+        assert len(meant) <= 1
+        assert len(replicas) <= 2
+
+    @invariant()
+    def every_process_is_known(self) -> None:
+        known = {r.id for r in self.service().replicas}
+        assert set(self.alive) <= known
+
+    @invariant()
+    def counts_are_never_negative(self) -> None:
+        assert all(count >= 0 for count in self.gate.in_flight.values())
+
+    def teardown(self) -> None:
+        """Left alone, with everything working and nobody asking, all of it ends."""
+        self.gate.workers = []
+        self.gate.in_flight = {}
+        self.gate.waiting = 0
+        for _ in range(400):
+            self.now += 1.0
+            self.settle()
+            self.deliver_everything()
+            if not self.alive and not self.service().replicas and not self.todo:
+                return
+        raise AssertionError(f"not gone: {self.service()}")
+
+    def deliver_everything(self) -> None:
+        self.healthy |= set(self.alive)
+        while self.todo:
+            effect = self.todo.pop(0)
+            if isinstance(effect, StopReplica | FetchLastWords):
+                self.stop(effect.replica)
+            elif isinstance(effect, LaunchReplica):
+                replica = effect.replica
+                self.event(
+                    lambda s, r=replica: observed.launch_failed(s, r, "start-failed", "", self.now)
+                )
+        self.fleet.report(self.report(), self.now)
+        self.settle()
+        self.gate.store(self.fleet.view().wire(self.now))
+
+
+TestLife = Life.TestCase
+TestLife.settings = settings(max_examples=300, stateful_step_count=60, deadline=None)
