@@ -1,0 +1,592 @@
+"""The process launcher with real processes: started once, ended whole, found again."""
+
+from __future__ import annotations
+
+import os
+import queue
+import random
+import re
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from slurmgate import procfs
+from slurmgate.errors import StartRefused
+from slurmgate.launchers.process import ProcessLauncher, end_process_replicas
+from slurmgate.model import Exit, LauncherKind, ReplicaBounds, ServiceSpec
+from slurmgate.records import Record, Records
+from slurmgate.state import StateDir
+from tests.waiting import until
+
+SLEEPER = "exec sleep 1000"
+STUBBORN = "trap '' TERM; echo ready; while :; do sleep 1000; done"
+
+
+class Ends:
+    """Collects what a launcher reports."""
+
+    def __init__(self):
+        self._queue: queue.SimpleQueue[tuple[str, Exit]] = queue.SimpleQueue()
+
+    def __call__(self, replica, end):
+        self._queue.put((replica, end))
+
+    def next(self):
+        return self._queue.get(timeout=20)
+
+    @property
+    def empty(self):
+        return self._queue.empty()
+
+
+class Machine:
+    """A state directory, scripts and launchers of one test; ends whatever the test left."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.state = StateDir.open(folder / "state")
+        self.records = Records(self.state.replicas)
+        self.ends = Ends()
+        self._open: list[ProcessLauncher] = []
+
+    def launcher(self, **options) -> ProcessLauncher:
+        launcher = ProcessLauncher(self.state, **{"kill_after": 15.0, **options})
+        self._open.append(launcher)
+        return launcher
+
+    def fresh(self, **options) -> ProcessLauncher:
+        launcher = self.launcher(**options)
+        assert launcher.adopt(self.ends) == []
+        return launcher
+
+    def script(self, body: str, *, name: str = "run.sh", executable: bool = True) -> ServiceSpec:
+        path = self.folder / name
+        path.write_text("#!/bin/bash\n" + body + "\n")
+        path.chmod(0o755 if executable else 0o644)
+        return self.spec(name)
+
+    def spec(self, bash_file: str) -> ServiceSpec:
+        return ServiceSpec(
+            name="Echo service",
+            route_name="echo",
+            api_paths=("/",),
+            bash_file=bash_file,
+            check_health_path="/health",
+            timeout=1.0,
+            folder=self.folder,
+            launcher=LauncherKind.PROCESS,
+        )
+
+    def log(self, replica: str) -> str:
+        return self.state.log_file("Echo service", replica).read_text()
+
+    def close(self, launcher: ProcessLauncher, *, stop_replicas: bool) -> None:
+        self._open.remove(launcher)
+        launcher.close(stop_replicas=stop_replicas)
+
+    def marked(self) -> list[procfs.Process]:
+        return procfs.find_marked({"SLURMGATE_OWNER": self.state.owner})
+
+    def clean(self):
+        for launcher in self._open:
+            launcher.close(stop_replicas=False)
+        for process in self.marked():
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def machine(tmp_path):
+    machine = Machine(tmp_path)
+    yield machine
+    machine.clean()
+
+
+def free_ports(count: int) -> int:
+    """The first of ``count`` consecutive ports that nobody uses, outgoing connections included."""
+    while True:
+        first = random.randrange(10000, 20000)
+        with ExitStack() as stack, suppress(OSError):
+            for port in range(first, first + count):
+                stack.enter_context(socket.socket()).bind(("", port))
+            return first
+
+
+# starting
+
+
+def test_a_script_gets_its_port_its_environment_and_its_folder(machine):
+    launcher = machine.fresh()
+    body = 'echo "$@" $SLURMGATE_PORT "$SLURMGATE_SERVICE" $SLURMGATE_REPLICA $OWN; pwd; cat; ' + (
+        SLEEPER
+    )
+    running = launcher.launch(replace(machine.script(body), env=(("OWN", "a b"),)), "k3f9")
+    until(lambda: str(machine.folder) in machine.log("k3f9"))
+    assert machine.log("k3f9").splitlines() == [
+        f"{running.port} {running.port} Echo service k3f9 a b",
+        str(machine.folder),
+    ]
+    assert running.endpoint == f"127.0.0.1:{running.port}"
+    assert running.start_hash == replace(machine.script(body), env=(("OWN", "a b"),)).start_hash()
+    assert (running.replica, running.service, running.node) == ("k3f9", "Echo service", "localhost")
+    process = procfs.read(int(running.job_id))
+    assert process is not None
+    assert process.session == process.group == process.pid
+
+
+def test_a_script_that_is_not_executable_runs_with_bash(machine):
+    launcher = machine.fresh()
+    running = launcher.launch(machine.script("echo $1 $0", executable=False), "a1")
+    assert machine.ends.next() == ("a1", Exit(code=0))
+    assert machine.log("a1") == f"{running.port} {machine.folder}/run.sh\n"
+
+
+def test_what_a_replica_prints_is_readable_by_its_owner_only(machine):
+    machine.fresh().launch(machine.script("exit 0"), "a1")
+    log = machine.state.log_file("Echo service", "a1")
+    assert stat.S_IMODE(log.stat().st_mode) == 0o600
+    assert stat.S_IMODE(log.parent.stat().st_mode) == 0o700
+    machine.ends.next()
+
+
+@pytest.mark.parametrize(
+    ("prepare", "reason"),
+    [
+        (lambda path: None, r"run\.sh does not exist"),
+        (lambda path: path.mkdir(), r"run\.sh is not a file"),
+        (lambda path: path.write_bytes(b"\0\1\2"), r"Exec format error.*#!/bin/bash"),
+        (lambda path: path.write_text("#!/no/such/shell\n"), r"'/no/such/shell'.*missing"),
+        (lambda path: path.write_bytes(b"#!/bin/bash\r\nexit\r\n"), r"'/bin/bash\\r'.*missing"),
+    ],
+)
+def test_a_script_that_cannot_run_is_refused_with_the_reason(machine, prepare, reason):
+    path = machine.folder / "run.sh"
+    prepare(path)
+    if path.is_file():
+        path.chmod(0o755)
+    launcher = machine.fresh()
+    with pytest.raises(StartRefused, match=reason):
+        launcher.launch(machine.spec("run.sh"), "a1")
+    assert machine.records.read_all() == []
+    assert launcher.launch(machine.script("exit 0", name="good.sh"), "a1").replica == "a1"
+    assert machine.ends.next() == ("a1", Exit(code=0))
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may read everything")
+def test_a_script_nobody_lets_us_read_is_refused(machine):
+    spec = machine.script("exit 0")
+    (machine.folder / "run.sh").chmod(0)
+    with pytest.raises(StartRefused, match="Permission denied"):
+        machine.fresh().launch(spec, "a1")
+
+
+@pytest.mark.parametrize("env", [(("A=B", "c"),), (("A", "b\0c"),)])
+def test_an_impossible_environment_is_refused(machine, env):
+    launcher = machine.fresh()
+    with pytest.raises(StartRefused, match="cannot start"):
+        launcher.launch(replace(machine.script("exit 0"), env=env), "a1")
+    assert machine.records.read_all() == []
+
+
+def test_nothing_starts_unrecorded(machine):
+    launcher = machine.fresh()
+    machine.state.replicas.rename(machine.folder / "moved")
+    with pytest.raises(StartRefused, match="cannot write the replica record"):
+        launcher.launch(machine.script(f"touch {machine.folder}/started"), "a1")
+    assert machine.marked() == []
+    assert not (machine.folder / "started").exists()
+    (machine.folder / "moved").rename(machine.state.replicas)
+
+
+# ports
+
+
+def test_a_fixed_port_that_is_taken_is_named(machine):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(StartRefused, match=f"port {port} is not free: Address already in use"):
+            machine.fresh().launch(replace(machine.script(SLEEPER), remote_port=port), "a1")
+
+
+def test_a_port_taken_on_another_address_of_this_machine_is_not_free(machine):
+    with socket.socket() as other:
+        other.bind(("127.0.0.9", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(StartRefused, match="is not free"):
+            machine.fresh().launch(replace(machine.script(SLEEPER), remote_port=port), "a1")
+
+
+def test_a_fixed_port_counts_upward_over_our_own_replicas(machine):
+    spec = replace(machine.script(SLEEPER), remote_port=free_port(), replicas=ReplicaBounds(max=2))
+    launcher = machine.fresh()
+    first, second = launcher.launch(spec, "a1"), launcher.launch(spec, "a2")
+    assert second.port == first.port + 1
+
+
+def test_a_fixed_port_is_waited_for_while_the_replica_before_ends(machine):
+    body = "trap 'read -r < go; exit 0' TERM; echo ready; while :; do sleep 0.01; done"
+    os.mkfifo(machine.folder / "go")
+    spec = replace(machine.script(body), remote_port=free_ports(1))
+    launcher = machine.fresh()
+    launcher.launch(spec, "a1")
+    until(lambda: "ready" in machine.log("a1"))
+    launcher.stop("a1")
+    results: queue.SimpleQueue[int] = queue.SimpleQueue()
+    starter = threading.Thread(target=lambda: results.put(launcher.launch(spec, "a2").port))
+    starter.start()
+    (machine.folder / "go").write_text("on\n")
+    assert results.get(timeout=20) == spec.remote_port
+    starter.join()
+
+
+def test_parallel_starts_never_share_a_port(machine):
+    low = free_ports(40)
+    spec = replace(machine.script(SLEEPER), port_range=(low, low + 39))
+    launcher = machine.fresh()
+    ports: queue.SimpleQueue[int] = queue.SimpleQueue()
+    threads = [
+        threading.Thread(target=lambda i=i: ports.put(launcher.launch(spec, f"r{i}").port))
+        for i in range(10)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    taken = [ports.get_nowait() for _ in threads]
+    assert len(set(taken)) == 10
+    assert all(low <= port <= low + 39 for port in taken)
+
+
+def test_a_range_without_a_free_port_is_refused(machine):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        spec = replace(machine.script(SLEEPER), port_range=(port, port))
+        with pytest.raises(StartRefused, match=f"no port of {port}-{port} is free"):
+            machine.fresh().launch(spec, "a1")
+
+
+# ends
+
+
+@pytest.mark.parametrize(
+    ("body", "end"), [("exit 3", Exit(code=3)), ("kill -9 $$", Exit(signal=9))]
+)
+def test_the_way_a_replica_ended_is_reported_once_and_its_record_removed(machine, body, end):
+    machine.fresh().launch(machine.script(body), "a1")
+    assert machine.ends.next() == ("a1", end)
+    assert machine.ends.empty
+    assert machine.records.read_all() == []
+
+
+def test_children_that_outlive_the_script_are_killed_before_the_end_is_reported(machine):
+    body = (
+        "(trap '' TERM; sleep 1000 & exec sleep 1000) &\n"
+        "(setsid sleep 1000 &)\n"
+        "set -m; sleep 1000 &\n"
+        "until [ -e go ]; do sleep 0.01; done; exit 7"
+    )
+    machine.fresh().launch(machine.script(body), "a1")
+    until(lambda: sum(p.comm == "sleep" for p in machine.marked()) >= 4)
+    (machine.folder / "go").touch()
+    assert machine.ends.next() == ("a1", Exit(code=7))
+    assert machine.marked() == []
+
+
+def test_children_without_an_environment_are_found_by_their_session(machine):
+    body = "env -i sleep 1000 & echo $!; until [ -e go ]; do sleep 0.01; done"
+    machine.fresh().launch(machine.script(body), "a1")
+    child = int(until(lambda: machine.log("a1")))
+    (machine.folder / "go").touch()
+    machine.ends.next()
+    process = procfs.read(child)
+    assert process is None or process.ended
+
+
+def test_stop_ends_the_whole_group_and_gives_it_time(machine):
+    body = (
+        "(trap 'sleep 0.1; echo child done; exit' TERM; echo child; while :; do sleep 0.01; done) &"
+        "trap 'exit 5' TERM; echo parent; while :; do sleep 0.01; done"
+    )
+    launcher = machine.fresh()
+    launcher.launch(machine.script(body), "a1")
+    until(lambda: len(machine.log("a1").splitlines()) == 2)
+    launcher.stop("a1")
+    launcher.stop("a1")
+    assert machine.ends.next() == ("a1", Exit(code=5))
+    assert "child done" in machine.log("a1")
+    assert machine.marked() == []
+    launcher.stop("a1")
+    launcher.stop("unknown")
+    assert machine.ends.empty
+
+
+def test_what_ignores_the_request_to_end_is_killed(machine):
+    launcher = machine.fresh(kill_after=0.2)
+    launcher.launch(machine.script(f"({STUBBORN}) & {STUBBORN}"), "a1")
+    until(lambda: machine.log("a1").count("ready") == 2)
+    launcher.stop("a1")
+    assert machine.ends.next() == ("a1", Exit(signal=9))
+    assert machine.marked() == []
+
+
+def test_a_child_that_ignores_the_request_is_killed_though_its_parent_ended(machine):
+    launcher = machine.fresh(kill_after=0.2)
+    launcher.launch(machine.script(f"({STUBBORN}) & exec sleep 1000"), "a1")
+    until(lambda: "ready" in machine.log("a1"))
+    launcher.stop("a1")
+    assert machine.ends.next() == ("a1", Exit(signal=15))
+    assert machine.marked() == []
+
+
+def test_closing_asks_all_replicas_before_it_kills_any(machine):
+    asked_at_first_end: list[bool] = []
+
+    def all_asked(replica, end):
+        asked_at_first_end.append(all("asked" in machine.log(f"r{i}") for i in range(8)))
+
+    launcher = machine.launcher(kill_after=1.0)
+    launcher.adopt(all_asked)
+    for i in range(8):
+        launcher.launch(machine.script(STUBBORN.replace("''", "'echo asked'")), f"r{i}")
+    until(lambda: all("ready" in machine.log(f"r{i}") for i in range(8)))
+    machine.close(launcher, stop_replicas=True)
+    assert asked_at_first_end == [True] * 8
+    assert machine.marked() == []
+    assert machine.records.read_all() == []
+
+
+def test_nothing_starts_while_closing(machine):
+    launcher = machine.fresh()
+    machine.close(launcher, stop_replicas=True)
+    with pytest.raises(StartRefused, match="stopping"):
+        launcher.launch(machine.script(SLEEPER), "a1")
+
+
+# adoption
+
+
+def test_a_later_backend_adopts_watches_and_stops(machine):
+    first = machine.fresh()
+    spec = machine.script(SLEEPER)
+    started = [first.launch(spec, "a1"), first.launch(spec, "a2")]
+    machine.close(first, stop_replicas=False)
+    second, ends = machine.launcher(), Ends()
+    adopted = second.adopt(ends)
+    for before, after in zip(started, adopted, strict=True):
+        assert abs(before.started_at - after.started_at) < 5
+        assert replace(after, started_at=before.started_at) == before
+    os.kill(int(adopted[0].job_id), signal.SIGKILL)
+    assert ends.next()[0] == "a1"
+    second.stop("a2")
+    assert ends.next()[0] == "a2"
+    assert machine.records.read_all() == []
+    assert machine.ends.empty
+
+
+BACKEND = """
+import os, sys
+from pathlib import Path
+from slurmgate.launchers.process import ProcessLauncher
+from slurmgate.model import *
+from slurmgate.state import StateDir
+folder = Path(sys.argv[1])
+spec = ServiceSpec(name="Echo service", route_name="echo", api_paths=("/",), bash_file="run.sh",
+    check_health_path="/", timeout=1.0, folder=folder, launcher=LauncherKind.PROCESS)
+launcher = ProcessLauncher(StateDir.open(folder / "state"))
+launcher.adopt(lambda replica, end: None)
+print(launcher.launch(spec, "k3f9").job_id, flush=True)
+sys.stdin.read(1)
+"""
+
+
+def killed_backend(machine) -> int:
+    """Let a backend of its own process start a replica, then kill it; the replica's pid."""
+    with subprocess.Popen(
+        [sys.executable, "-c", BACKEND, str(machine.folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as backend:
+        assert backend.stdout is not None
+        pid = int(backend.stdout.readline())
+        backend.kill()
+    return pid
+
+
+def test_a_replica_of_a_killed_backend_is_adopted_and_its_end_seen(machine):
+    machine.script(SLEEPER)
+    pid = killed_backend(machine)
+    (running,) = machine.launcher().adopt(machine.ends)
+    assert running.job_id == str(pid)
+    os.kill(pid, signal.SIGKILL)
+    assert machine.ends.next() == ("k3f9", Exit())
+    assert machine.records.read_all() == []
+
+
+def test_an_adopted_replica_is_stopped_with_its_whole_group(machine):
+    machine.script(f"({STUBBORN}) & {STUBBORN}")
+    killed_backend(machine)
+    until(lambda: machine.log("k3f9").count("ready") == 2)
+    launcher = machine.launcher(kill_after=0.2)
+    launcher.adopt(machine.ends)
+    launcher.stop("k3f9")
+    assert machine.ends.next() == ("k3f9", Exit())
+    assert machine.marked() == []
+
+
+def test_a_process_started_right_before_the_backend_died_is_found_by_its_marks(machine):
+    machine.script(f"sleep 1000 & {SLEEPER}")
+    pid = killed_backend(machine)
+    until(lambda: len(machine.marked()) == 2)
+    (record,) = machine.records.read_all()
+    machine.records.write(replace(record, pid=None, pid_start=None))
+    launcher = machine.launcher()
+    (running,) = launcher.adopt(machine.ends)
+    assert running.job_id == str(pid)
+    (record,) = machine.records.read_all()
+    assert record.pid == pid
+    launcher.stop("k3f9")
+    assert machine.ends.next()[0] == "k3f9"
+
+
+def test_a_start_that_never_happened_leaves_nothing(machine):
+    machine.script(SLEEPER)
+    spec = machine.spec("run.sh")
+    machine.records.write(record_of(spec, pid=None, pid_start=None))
+    assert machine.launcher().adopt(machine.ends) == []
+    assert machine.records.read_all() == []
+
+
+def record_of(spec: ServiceSpec, **values) -> Record:
+    return Record(
+        **{
+            "replica": "k3f9",
+            "service": spec.name,
+            "launcher": LauncherKind.PROCESS,
+            "start_hash": spec.start_hash(),
+            "port": 20001,
+            "created": 1.0,
+            "log": "",
+            "boot": procfs.boot_id(),
+            **values,
+        }
+    )
+
+
+@pytest.mark.parametrize("change", ["start", "boot"])
+def test_a_recycled_pid_is_neither_adopted_nor_touched(machine, change):
+    spec = machine.script(SLEEPER)
+    with subprocess.Popen(["sleep", "1000"], start_new_session=True) as stranger:
+        start = procfs.start_time(stranger.pid)
+        assert start is not None
+        values: dict[str, object] = {"pid": stranger.pid, "pid_start": start}
+        values |= {"pid_start": start - 1} if change == "start" else {"boot": "another"}
+        machine.records.write(record_of(spec, **values))
+        launcher = machine.launcher()
+        assert launcher.adopt(machine.ends) == []
+        launcher.stop("k3f9")
+        assert machine.records.read_all() == []
+        machine.close(launcher, stop_replicas=True)
+        assert procfs.alive(stranger.pid, start)
+        stranger.kill()
+
+
+def test_what_is_left_of_a_replica_whose_script_ended_unseen_is_killed(machine):
+    machine.script(f"sleep 1000 & {SLEEPER}")
+    pid = killed_backend(machine)
+    until(lambda: len(machine.marked()) == 2)
+    os.kill(pid, signal.SIGKILL)
+    assert machine.launcher().adopt(machine.ends) == []
+    until(lambda: machine.marked() == [])
+
+
+def test_a_stop_under_way_goes_on_after_a_restart_and_nobody_is_told(machine):
+    launcher = machine.fresh()
+    launcher.launch(machine.script(STUBBORN), "a1")
+    until(lambda: "ready" in machine.log("a1"))
+    launcher.stop("a1")
+    machine.close(launcher, stop_replicas=False)
+    ends = Ends()
+    second = machine.launcher(kill_after=0.2)
+    assert second.adopt(ends) == []
+    until(lambda: machine.records.read_all() == [])
+    assert machine.marked() == []
+    assert ends.empty
+
+
+def test_a_replica_whose_record_was_lost_is_ended(machine):
+    launcher = machine.fresh()
+    launcher.launch(machine.script(SLEEPER), "a1")
+    machine.close(launcher, stop_replicas=False)
+    machine.records.remove("a1")
+    machine.launcher().adopt(machine.ends)
+    until(lambda: machine.marked() == [])
+
+
+def test_replicas_of_another_state_directory_are_left_alone(machine, tmp_path):
+    machine.script(SLEEPER)
+    pid = killed_backend(machine)
+    other = ProcessLauncher(StateDir.open(tmp_path / "other"))
+    assert other.adopt(machine.ends) == []
+    other.close(stop_replicas=True)
+    assert procfs.alive(pid, procfs.start_time(pid) or 0)
+
+
+def test_all_process_replicas_can_be_ended_without_a_backend(machine):
+    machine.script(f"sleep 1000 & {SLEEPER}")
+    killed_backend(machine)
+    end_process_replicas(machine.state)
+    assert machine.marked() == []
+    assert machine.records.read_all() == []
+
+
+# logs
+
+
+def test_the_tail_of_a_log_is_there_after_the_end_and_safe_to_show(machine):
+    body = r"""printf 'one\ntwo\n\033[31mred\033[0m\n10%%\r20%%\r\nbell\a\xff\n'"""
+    launcher = machine.fresh()
+    launcher.launch(machine.script(body), "a1")
+    machine.ends.next()
+    assert launcher.log_tail("a1", 4) == ["two", "red", "20%", "bell\ufffd\ufffd"]
+    assert launcher.log_tail("a1", 100)[0] == "one"
+    assert launcher.log_tail("a1", 0) == []
+    assert launcher.log_tail("none", 5) == []
+
+
+def test_long_lines_are_cut_and_long_logs_read_from_the_end(machine):
+    launcher = machine.fresh()
+    log = machine.state.log_file("Echo service", "a1")
+    log.parent.mkdir(parents=True)
+    log.write_text("".join(f"line {i}\n" for i in range(100_000)) + "x" * 9_000_000 + "\nlast")
+    tail = launcher.log_tail("a1", 2)
+    assert len(tail[0]) == 2000
+    assert tail[1] == "last"
+    log.write_text("".join(f"line {i}\n" for i in range(100_000)))
+    assert launcher.log_tail("a1", 3) == ["line 99997", "line 99998", "line 99999"]
+
+
+def test_only_the_newest_logs_of_a_service_are_kept(machine):
+    launcher = machine.fresh()
+    running = launcher.launch(machine.script(SLEEPER), "live")
+    folder = machine.state.log_file("Echo service", "x").parent
+    for i in range(30):
+        (folder / f"old{i}.log").touch()
+        os.utime(folder / f"old{i}.log", (i, i))
+    os.utime(folder / "live.log", (0, 0))
+    launcher.launch(machine.script("exit 0", name="quick.sh"), "new")
+    names = {path.stem for path in folder.iterdir()}
+    assert names == {"live", "new"} | {f"old{i}" for i in range(11, 30)}
+    assert re.fullmatch(r"\d+", running.job_id)

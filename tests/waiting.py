@@ -1,0 +1,21 @@
+"""Waiting for conditions in tests: a deadline instead of a fixed sleep."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def until(condition: Callable[[], T], seconds: float = 20.0) -> T:
+    """Return the first true value of ``condition``; AssertionError when none comes in time."""
+    deadline = time.monotonic() + seconds
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {seconds} s: {getattr(condition, '__doc__', '')}")
+        time.sleep(0.01)
