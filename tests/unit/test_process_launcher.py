@@ -228,7 +228,9 @@ def test_a_port_taken_on_another_address_of_this_machine_is_not_free(machine):
 
 
 def test_a_fixed_port_counts_upward_over_our_own_replicas(machine):
-    spec = replace(machine.script(SLEEPER), remote_port=free_port(), replicas=ReplicaBounds(max=2))
+    spec = replace(
+        machine.script(SLEEPER), remote_port=free_ports(2), replicas=ReplicaBounds(max=2)
+    )
     launcher = machine.fresh()
     first, second = launcher.launch(spec, "a1"), launcher.launch(spec, "a2")
     assert second.port == first.port + 1
