@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import queue
@@ -16,11 +17,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import waitress
 from flask import Flask
+from waitress.server import create_server
 
+from slurmgate import client, nginx
 from slurmgate import config as configuration
-from slurmgate import nginx
 from slurmgate.api import admin, gate, info, metrics, problem
 from slurmgate.control import Control
 from slurmgate.errors import ConfigError, SlurmgateError
@@ -102,7 +103,7 @@ def _initial_config(options: BackendOptions, state: StateDir) -> tuple[Config, s
     except ConfigError as error:
         if not options.supervised or not saved.exists():
             raise
-        config = replace(configuration.load(saved, base=options.config), path=options.config)
+        config = configuration.validate(json.loads(saved.read_bytes()), options.config)
         log.error("configuration refused, going on with the last good one:\n%s", error)
         return config, str(error)
     _remember(state, config)
@@ -114,6 +115,7 @@ def _initial_config(options: BackendOptions, state: StateDir) -> tuple[Config, s
 def _remember(state: StateDir, config: Config) -> None:
     try:
         write_atomic(state.path / LAST_GOOD, config.path.read_bytes())
+        client.note_admin_token(state, config.admin_token_file)
     except OSError as error:
         log.warning("cannot keep a copy of the configuration: %s", error)
 
@@ -169,7 +171,7 @@ def _serve_sockets(state: StateDir, applications: tuple[Flask, Flask]) -> None:
     places = (state.control_socket, state.api_socket)
     threads = (CONTROL_THREADS, API_THREADS)
     for app, path, count in zip(applications, places, threads, strict=True):
-        server = waitress.create_server(
+        server = create_server(
             app, unix_socket=str(path), unix_socket_perms="600", threads=count, ident=None
         )
         threading.Thread(target=server.run, name=path.stem, daemon=True).start()

@@ -14,8 +14,8 @@ from typing import Any
 from urllib.parse import quote
 
 from slurmgate import __version__, client
-from slurmgate.errors import BackendAway, ConfigError, SlurmgateError, StateError
-from slurmgate.state import StateDir, default_path, network_filesystem
+from slurmgate.errors import BackendAway, SlurmgateError, StateError
+from slurmgate.state import StateDir, default_path, network_filesystem, safe_name
 
 EXAMPLES = """\
 examples:
@@ -36,13 +36,18 @@ def main(argv: list[str] | None = None) -> int:
         command: Command = args.run
         return command(args)
     except SlurmgateError as error:
-        print(f"slurmgate: {error}", file=sys.stderr)
+        sys.stderr.write(f"slurmgate: {error}\n")
         return 1
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def say(text: object) -> None:
+    """Print one line of the result."""
+    sys.stdout.write(f"{text}\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -235,32 +240,32 @@ def run_render(args: argparse.Namespace) -> int:
     args.dir.mkdir(parents=True, exist_ok=True)
     target = args.dir / "nginx.conf"
     nginx.write(target, nginx.render(spec, nginx.paths(state), user=nginx.worker_user()))
-    print(target)
+    say(target)
     return 0
 
 
 def run_check(args: argparse.Namespace) -> int:
-    """``check``: one line per problem, warnings after them."""
+    """``check``: one line per problem, one per warning."""
     from slurmgate import config
     from slurmgate.model import LauncherKind
 
     path = args.file or args.config
-    try:
-        found = config.load(path)
-    except ConfigError as error:
-        for line in error.problems:
-            print(line)
-        return 1
+    found = config.examine(path)
+    for line in found.problems:
+        say(line)
     for line in found.warnings:
-        print(f"warning: {line}")
+        say(f"warning: {line}")
     kind = network_filesystem(args.state_dir)
     if kind is not None:
-        print(f"warning: {args.state_dir} is on a network file system ({kind}); use a local disk")
-    slurm = [s.name for s in found.services if s.launcher is LauncherKind.SLURM]
-    if args.connect and slurm:
-        print(f"cannot connect for {', '.join(slurm)}: this version has no Slurm launcher")
+        say(f"warning: {args.state_dir} is on a network file system ({kind}); use a local disk")
+    if found.config is None:
         return 1
-    print(f"{path}: {len(found.services)} services, no errors")
+    services = found.config.services
+    slurm = [s.name for s in services if s.launcher is LauncherKind.SLURM]
+    if args.connect and slurm:
+        say(f"cannot connect for {', '.join(slurm)}: this version has no Slurm launcher")
+        return 1
+    say(f"{path}: {len(services)} services, no errors")
     return 0
 
 
@@ -268,9 +273,9 @@ def run_status(args: argparse.Namespace) -> int:
     """``status``: a table for people, or the JSON of /info."""
     found = client.call(StateDir.find(args.state_dir), "GET", "/info")
     if args.json:
-        print(json.dumps(found, indent=2))
+        say(json.dumps(found, indent=2))
         return 0
-    print(status_table(found))
+    say(status_table(found))
     return 0
 
 
@@ -307,19 +312,15 @@ def status_table(info: dict[str, Any]) -> str:
 
 
 def _admin(args: argparse.Namespace, path: str) -> dict[str, Any]:
-    from slurmgate.config import load
-
     state = StateDir.find(args.state_dir)
-    token_file = None
-    answer: dict[str, Any] = client.call(state, "POST", path, state.admin_token(token_file))
-    del load
+    answer: dict[str, Any] = client.call(state, "POST", path, client.admin_token(state))
     return answer
 
 
 def run_service(args: argparse.Namespace) -> int:
     """``start`` and ``stop``."""
     _admin(args, f"/admin/services/{quote(args.name, safe='')}/{args.command}")
-    print(f"{args.name}: {args.command} requested; slurmgate status shows it")
+    say(f"{args.name}: {args.command} requested; slurmgate status shows it")
     return 0
 
 
@@ -332,8 +333,8 @@ def run_adopt(args: argparse.Namespace) -> int:
 def run_reload(args: argparse.Namespace) -> int:
     """``reload``."""
     for note in _admin(args, "/admin/reload")["notes"]:
-        print(note)
-    print("configuration loaded")
+        say(note)
+    say("configuration loaded")
     return 0
 
 
@@ -341,7 +342,7 @@ def run_manage(args: argparse.Namespace) -> int:
     """``enable`` and ``disable``."""
     kill = args.command == "disable" and args.kill
     _admin(args, f"/admin/management/{'kill' if kill else args.command}")
-    print("management enabled" if args.command == "enable" else "management disabled")
+    say("management enabled" if args.command == "enable" else "management disabled")
     return 0
 
 
@@ -352,14 +353,15 @@ def run_reopen(args: argparse.Namespace) -> int:
         os.kill(int(path.read_text()), signal.SIGUSR1)
     except (OSError, ValueError) as error:
         raise BackendAway(f"no gate runs here ({path}: {error})") from error
-    print("logs reopened")
+    say("logs reopened")
     return 0
 
 
 def run_logs(args: argparse.Namespace) -> int:
     """``logs``."""
     state = StateDir.find(args.state_dir)
-    logs = state.service_logs(args.name)
+    folder = state.logs / safe_name(args.name)
+    logs = sorted(folder.glob("*.log"), key=lambda path: path.stat().st_mtime)
     if not logs:
         raise StateError(f"{args.name} has no logs yet; slurmgate status lists the services")
     with logs[-1].open("rb") as file:

@@ -9,9 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from slurmgate.errors import BackendAway, SlurmgateError, StateError
+from slurmgate.files import write_atomic
 from slurmgate.state import StateDir
 
 TIMEOUT = 30.0
+TOKEN_NOTE = "admin-token-file"
+
+
+def admin_token(state: StateDir) -> str:
+    """Find the token the running backend wants, in the file its configuration names if it does."""
+    note = state.path / TOKEN_NOTE
+    given = note.read_text().strip() if note.exists() else ""
+    return state.admin_token(Path(given) if given else None)
+
+
+def note_admin_token(state: StateDir, file: Path | None) -> None:
+    """Leave word where the admin token is, for commands that do not read the configuration."""
+    write_atomic(state.path / TOKEN_NOTE, f"{file or ''}\n".encode())
 
 
 class Refused(SlurmgateError):

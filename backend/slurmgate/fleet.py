@@ -236,10 +236,7 @@ class Fleet:
         if name not in self._services:
             spec = ServiceSpec(name, "", (), "", "/", 60.0, folder, launcher=kind)
             self._services[name] = Service(spec, retired=True)
-        adopted = observed.adopted(self._services[name], running, now)
-        if running.stopping:
-            adopted = lifecycle.stop_by_admin(adopted, 0.0, now)
-        self._set(name, adopted)
+        self._set(name, observed.adopted(self._services[name], running, now))
         log.info("service %s replica %s: adopted, %s", name, running.replica, running.endpoint)
 
     def report(self, report: Report, now: float) -> None:

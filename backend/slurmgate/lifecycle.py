@@ -1,12 +1,12 @@
-"""The pure decisions about a service's replicas: ``decide`` says what to do, ``apply`` what follows.
+"""Decisions about a service's replicas: ``decide`` says what to do, ``apply`` what follows.
 
-Level-triggered: ``decide`` looks only at the present state, so an action that was lost, or came
-too late, is simply decided again. Called by the control loop, the only writer of this state.
+Pure and level-triggered: ``decide`` looks only at the present state, so an action that was lost,
+or came too late, is simply decided again. Called by the control loop, the only writer of this
+state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from slurmgate.model import Health, Phase

@@ -193,7 +193,7 @@ class Exit:
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A replica that its launcher has started or adopted; ``stopping``: its end was under way."""
+    """A replica that its launcher has started or adopted."""
 
     replica: str
     service: str
@@ -203,4 +203,3 @@ class Running:
     job_id: str
     node: str
     started_at: float
-    stopping: bool = False

@@ -100,9 +100,11 @@ class Life(RuleBasedStateMachine):
         self.fleet = Fleet(self.epoch, lambda: next(self.ids), self.now, enabled=True)
         self.fleet.configure([self.spec])
         self.todo = []
-        for running in self.alive.values():
-            adopted = replace(running, stopping=running.replica in self.cancelled)
-            self.fleet.adopt(LauncherKind.PROCESS, adopted, Path("/x"), self.now)
+        for replica, running in list(self.alive.items()):
+            if replica in self.cancelled:  # the launcher ends it and never speaks of it again
+                self.vanish(replica)
+            else:
+                self.fleet.adopt(LauncherKind.PROCESS, running, Path("/x"), self.now)
         self.settle()
 
     def settle(self) -> None:
@@ -156,10 +158,13 @@ class Life(RuleBasedStateMachine):
         self.end(data.draw(st.sampled_from(sorted(self.alive))), Exit(signal=9))
 
     def end(self, replica: str, how: Exit) -> None:
+        self.vanish(replica)
+        self.event(lambda s: observed.ended(s, replica, how, (), self.now))
+
+    def vanish(self, replica: str) -> None:
         del self.alive[replica]
         self.gate.in_flight.pop(replica, None)
         self.gate.workers = [w for w in self.gate.workers if w.replica != replica]
-        self.event(lambda s: observed.ended(s, replica, how, (), self.now))
 
     # -- rules: clients and workers --------------------------------------------------------
 

@@ -1,0 +1,258 @@
+"""What is decided in each situation of a service, one situation a test."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from slurmgate import lifecycle, observed, snapshot
+from slurmgate.lifecycle import Close, GiveUp, Launch, MarkReady, Reopen, Stop, decide
+from slurmgate.model import Exit, Health, Phase
+from slurmgate.observed import Demand, Drain, ReplicaReport, ServiceReport
+from tests.unit.builders import NOW, replica, running, service, spec, starting
+
+WAITING = Demand(waiting=1)
+
+
+def test_a_waiting_request_starts_a_cold_service():
+    assert decide(service(demand=WAITING), NOW, NOW) == (Launch(),)
+
+
+def test_nobody_waiting_starts_nothing():
+    assert decide(service(), NOW, NOW) == ()
+
+
+def test_a_disabled_service_is_not_started():
+    assert decide(service(demand=WAITING, enabled=False), NOW, NOW) == ()
+
+
+def test_a_start_under_way_is_not_doubled():
+    assert decide(service(starting(), demand=WAITING), NOW, NOW) == ()
+
+
+def test_the_first_healthy_answer_makes_it_ready():
+    assert decide(service(starting(health=Health.UP)), NOW, NOW) == (MarkReady("r1"),)
+
+
+def test_a_start_that_takes_too_long_is_given_up_with_what_the_polls_saw():
+    slow = starting(running_at=NOW - 1800, health_detail="last poll: status 503")
+    (action,) = decide(service(slow, demand=WAITING), NOW, NOW)
+    assert isinstance(action, GiveUp)
+    assert "start_timeout" in action.reason
+    assert "status 503" in action.reason
+
+
+def test_after_the_last_words_the_failure_is_known_and_the_replica_ends():
+    given_up = lifecycle.apply(service(starting()), GiveUp("r1", "too slow"), NOW)
+    after = observed.last_words(given_up, "r1", ("out of memory",), NOW)
+    assert after.failure is not None
+    assert after.failure.log == ("out of memory",)
+    assert after.replicas[0].phase is Phase.STOPPING
+
+
+@pytest.mark.parametrize(("failures", "backoff"), [(0, 1), (1, 2), (5, 32), (6, 60), (20, 60)])
+def test_the_backoff_doubles_up_to_a_minute(failures, backoff):
+    before = service(starting(), failures=failures)
+    after = observed.ended(before, "r1", Exit(code=3), ("bye",), NOW)
+    assert after.failure is not None
+    assert after.failure.retry_at - NOW == backoff
+    assert "exited with code 3" in after.failure.reason
+    assert decide(replace(after, demand=WAITING), NOW, NOW) == ()
+    assert decide(replace(after, demand=WAITING), NOW, NOW + backoff) == (Launch(),)
+
+
+def test_a_failed_start_ends_all_leases():
+    leased = Demand(wanted_at=NOW - 1, lease_until=NOW + 100)
+    before = service(starting(), demand=leased, start_lease=True)
+    after = observed.ended(before, "r1", Exit(code=1), (), NOW)
+    assert decide(after, NOW, NOW + 90) == ()
+
+
+def test_a_lease_keeps_the_service_wanted_without_a_waiting_client():
+    leased = service(demand=Demand(wanted_at=NOW - 1, lease_until=NOW + 100))
+    assert decide(leased, NOW, NOW) == (Launch(),)
+    assert decide(leased, NOW, NOW + 100) == ()
+
+
+def test_a_death_while_ready_is_nobodys_failed_start():
+    after = observed.ended(service(replica()), "r1", Exit(signal=9), (), NOW)
+    assert after.failure is None
+    assert decide(replace(after, demand=WAITING), NOW, NOW) == (Launch(),)
+
+
+def test_idle_counts_from_the_end_of_the_last_request():
+    used = service(replica(ready_at=NOW - 100), demand=Demand(last_use=NOW - 9.9))
+    assert decide(used, NOW, NOW) == ()
+    assert decide(used, NOW, NOW + 0.1) == (Close("r1", Drain.IDLE),)
+
+
+@pytest.mark.parametrize("demand", [Demand(in_flight=1), Demand(waiting=1)])
+def test_a_service_in_use_is_never_idle(demand):
+    used = service(replica(ready_at=NOW - 100), demand=demand)
+    assert not any(isinstance(a, Close) for a in decide(used, NOW, NOW))
+
+
+def test_a_stream_counts_as_use_although_it_began_long_ago():
+    told = ServiceReport(requests=1, in_flight=1, idle_s=500.0)
+    busy = observed.reported(service(replica(ready_at=NOW - 600)), told, NOW)
+    assert decide(busy, NOW, NOW) == ()
+
+
+def test_who_was_sent_away_while_it_started_finds_it_ready_until_the_lease_ends():
+    leased = service(
+        replica(ready_at=NOW - 50), demand=Demand(wanted_at=NOW - 60, lease_until=NOW + 60)
+    )
+    assert decide(leased, NOW, NOW) == ()
+    assert decide(leased, NOW, NOW + 60) == (Close("r1", Drain.IDLE),)
+
+
+def drained(**changes):
+    return replica(
+        **{"phase": Phase.DRAINING, "drain": Drain.IDLE, "closed_at": 7, "ready_at": NOW - 99}
+        | changes
+    )
+
+
+def test_only_the_gates_proof_ends_a_draining_replica():
+    seen = ReplicaReport(1, 0, Health.UP)
+    before = observed.replica_reported(drained(), seen, 6, NOW)
+    assert decide(service(before), NOW, NOW) == ()
+    other_epoch = observed.replica_reported(drained(), seen, None, NOW)
+    assert decide(service(other_epoch), NOW, NOW) == ()
+    busy = observed.replica_reported(drained(), ReplicaReport(1, 1, Health.UP), 7, NOW)
+    assert not busy.quiet
+    proven = observed.replica_reported(drained(), seen, 7, NOW)
+    assert decide(service(proven), NOW, NOW) == (Stop("r1", "idle"),)
+
+
+def test_demand_takes_an_idle_drain_back_even_when_it_was_proven():
+    proven = service(drained(acked=True, quiet=True), demand=WAITING)
+    assert decide(proven, NOW, NOW) == (Reopen("r1"),)
+
+
+def test_a_request_that_ended_unseen_before_the_drain_takes_it_back():
+    used = service(drained(), demand=Demand(last_use=NOW - 1))
+    assert decide(used, NOW, NOW) == (Reopen("r1"),)
+
+
+def test_a_stop_by_an_operator_is_not_taken_back_and_ends_after_its_time():
+    stopped = lifecycle.stop_by_admin(service(replica()), 60.0, NOW)
+    stopping = replace(stopped, replicas=(replace(stopped.replicas[0], closed_at=3, acked=True),))
+    assert decide(stopping, NOW, NOW + 59) == ()
+    assert decide(stopping, NOW, NOW + 60) == (Stop("r1", Drain.ADMIN.value),)
+
+
+def test_a_new_replica_starts_beside_one_that_an_operator_stops():
+    stopped = lifecycle.stop_by_admin(service(replica(), demand=WAITING), 60.0, NOW)
+    assert Launch() in decide(stopped, NOW, NOW)
+
+
+def test_with_a_fixed_port_the_old_one_must_be_gone_first():
+    fixed = service(replica(), spec=spec(remote_port=8001), demand=WAITING)
+    stopped = lifecycle.stop_by_admin(fixed, 60.0, NOW)
+    assert Launch() not in decide(stopped, NOW, NOW)
+
+
+def test_changed_start_parameters_replace_it_once_nobody_uses_it():
+    changed = spec(bash_file="other.sh")
+    busy = service(replica(), spec=changed, demand=Demand(in_flight=1))
+    assert decide(busy, NOW, NOW) == ()
+    quiet = service(replica(), spec=changed)
+    (action,) = decide(quiet, NOW, NOW)
+    assert action == Close("r1", Drain.CHANGED)
+    assert Launch() in decide(lifecycle.apply(quiet, action, NOW), NOW, NOW)
+
+
+def test_a_start_with_old_parameters_is_begun_anew():
+    assert decide(service(starting(), spec=spec(bash_file="b.sh")), NOW, NOW) == (
+        Stop("r1", "no longer wanted"),
+    )
+
+
+def test_changed_limits_leave_the_replica_alone():
+    assert decide(service(replica(), spec=spec(max_waiting=5, replay=0)), NOW, NOW) == ()
+
+
+def test_a_removed_service_drains_and_is_not_started_again():
+    removed = observed.retired(service(replica(), demand=WAITING))
+    assert decide(removed, NOW, NOW) == (Close("r1", Drain.REMOVED),)
+
+
+def test_an_unhealthy_replica_is_replaced_only_after_its_time():
+    down = replica(health=Health.DOWN, down_since=NOW - 119)
+    assert decide(service(down, demand=Demand(in_flight=1)), NOW, NOW) == ()
+    assert not down.routable
+    (action,) = decide(service(down, demand=Demand(in_flight=1)), NOW, NOW + 1)
+    assert action == Close("r1", Drain.UNHEALTHY)
+
+
+def test_a_silent_gate_ends_nothing_before_timeout_and_five_minutes():
+    idle = service(drained())
+    assert decide(idle, NOW - 309, NOW) == ()
+    assert [type(a) for a in decide(idle, NOW - 310, NOW)] == [Stop]
+
+
+def test_a_stop_that_had_no_effect_is_tried_again():
+    stuck = service(replica(phase=Phase.STOPPING, since=NOW, reason="idle"))
+    assert decide(stuck, NOW, NOW + 19) == ()
+    assert decide(stuck, NOW, NOW + 20) == (Stop("r1", "idle"),)
+
+
+def test_a_pending_job_whose_clients_have_all_hung_up_is_cancelled():
+    pending = starting(phase=Phase.PENDING)
+    alone = service(pending, last_demand=NOW - 59)
+    assert decide(alone, NOW, NOW) == ()
+    assert [type(a) for a in decide(alone, NOW, NOW + 1)] == [Stop]
+    assert decide(replace(alone, demand=WAITING), NOW, NOW + 1) == ()
+
+
+def test_a_pending_job_fails_after_the_queue_timeout():
+    pending = starting(phase=Phase.PENDING, created_at=NOW - 30)
+    queued = service(pending, spec=spec(queue_timeout=30), demand=WAITING)
+    (action,) = decide(queued, NOW, NOW)
+    assert isinstance(action, GiveUp)
+
+
+def test_an_adopted_replica_is_ready_with_the_first_report_and_keeps_its_idle_time():
+    adopted = observed.adopted(service(), running("r9"), NOW)
+    told = observed.reported(adopted, ServiceReport(requests=5, idle_s=8.0), NOW)
+    heard = observed.replica_reported(told.replicas[0], ReplicaReport(1, 0, Health.UP), None, NOW)
+    ready = observed.with_replica(told, heard)
+    (action,) = decide(ready, NOW, NOW)
+    assert isinstance(action, MarkReady)
+    after = lifecycle.apply(ready, action, NOW)
+    assert after.idle_since(after.replicas[0].ready_at or 0) == NOW - 8
+    assert after.starts == {}
+
+
+def test_the_snapshot_has_a_refusal_only_while_nothing_can_start():
+    failed = observed.failed(service(), "start-failed", "exited", ("line",), NOW)
+    refusal = snapshot.refusal(failed, NOW)
+    assert refusal == {"code": "start-failed", "reason": "exited", "log": ["line"]}
+    assert snapshot.refusal(failed, NOW + 1) is None
+    disabled = snapshot.refusal(service(enabled=False), NOW)
+    assert disabled is not None
+    assert disabled["code"] == "disabled"
+
+
+def test_ages_are_no_reason_for_a_new_snapshot():
+    ready = service(replica())
+    assert snapshot.essence(ready, NOW) == snapshot.essence(ready, NOW + 5)
+    assert snapshot.wire(ready, NOW) != snapshot.wire(ready, NOW + 5)
+
+
+@pytest.mark.parametrize(
+    ("found", "state"),
+    [
+        (service(), "cold"),
+        (service(enabled=False), "disabled"),
+        (service(demand=WAITING), "waking"),
+        (service(starting()), "waking"),
+        (service(replica()), "ready"),
+        (service(drained()), "draining"),
+        (observed.failed(service(), "start-failed", "x", (), NOW), "failed"),
+    ],
+)
+def test_the_state_in_one_word(found, state):
+    assert snapshot.state(found, NOW) == state
