@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import stat
 from pathlib import Path
 
@@ -93,8 +94,8 @@ class _Reader:
 
 def _read_bytes(path: Path) -> bytes:
     try:
-        with path.open("rb") as file:
-            if not stat.S_ISREG(path.stat().st_mode):
+        with open(path, "rb", opener=_open_without_waiting) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise ConfigError([f"{path}: not a regular file"])
             content = file.read(_MAX_BYTES + 1)
     except OSError as error:
@@ -104,6 +105,11 @@ def _read_bytes(path: Path) -> bytes:
     if len(content) > _MAX_BYTES:
         raise ConfigError([f"{path}: larger than {_MAX_BYTES >> 20} MiB"])
     return content
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    # A named pipe would wait for somebody who writes.
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _decode(content: bytes, path: Path) -> str:

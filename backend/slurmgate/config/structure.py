@@ -14,7 +14,7 @@ from jsonschema import Draft202012Validator, ValidationError
 from jsonschema.protocols import Validator
 
 from slurmgate.config.report import JsonPath, Report, Step, nearest, show_value
-from slurmgate.share import shared
+from slurmgate.share import schema_file
 
 _Wrong = dict[Step, "_Wrong | None"]
 """Steps to wrong parts of a document; None: the part there is wrong itself."""
@@ -52,7 +52,7 @@ def check_structure(document: object, report: Report) -> dict[str, Any]:
 
 @functools.cache
 def _validator() -> Validator:
-    schema = json.loads(shared("config/services.schema.json").read_text("utf-8"))
+    schema = json.loads(schema_file().read_text("utf-8"))
     return Draft202012Validator(schema)
 
 
