@@ -12,7 +12,10 @@ GATE = Path(__file__).parents[2] / "lua" / "gate"
 # High to low. Modules of one layer do not know each other.
 LAYERS = (
     {"phases"},
-    {"hold", "balancer", "activity", "notifier", "health"},
+    {"duties", "pages"},
+    {"hold", "health"},
+    {"balancer", "notifier"},
+    {"activity"},
     {"registry"},
     {"router", "picker", "problem", "http"},
     {"store", "settings"},
