@@ -1,0 +1,139 @@
+-- Choose a replica for a request and set it as nginx's peer. Release is paced: load on a replica grows
+-- by at most GROWTH requests per WINDOW_S above its highest of the last ten seconds, because a tunnel's
+-- listener loses connections that come in a burst.
+--
+-- Per worker, in the replica's table: peaks of this worker's load in the current and the last period.
+-- Shared: how much of the window's growth all workers have used.
+
+local ngx_balancer = require "ngx.balancer"
+
+local activity = require "gate.activity"
+local clock = require "gate.clock"
+local picker = require "gate.picker"
+local registry = require "gate.registry"
+local store = require "gate.store"
+
+local floor = math.floor
+local max = math.max
+
+local GROWTH = 16
+local WINDOW_S = 0.005
+local PERIOD_S = 5
+local CONNECT_TIMEOUT_S = 5
+local TRIES = 8
+local SUSPECT_AFTER = 3
+local SUSPECT_TTL_S = 600
+
+local turn = 0 -- breaks ties between equally loaded replicas
+
+local _M = {}
+
+local function pick(service)
+    local routable = service.routable
+    if #routable < 2 then
+        return routable[1]
+    end
+    turn = turn + 1
+    local tags = store.workers()
+    return picker.least(routable, function(replica)
+        return activity.on_replica(tags, replica)
+    end, turn)
+end
+
+local function roll_period(replica, now)
+    local period = floor(now / PERIOD_S)
+    if period ~= replica.period then
+        replica.last_peak = period == replica.period + 1 and replica.peak or 0
+        replica.peak = 0
+        replica.period = period
+    end
+end
+
+local function within_pace(replica, n)
+    local now = clock.now()
+    roll_period(replica, now)
+    if n > replica.peak and n > replica.last_peak
+        and store.grow(replica.id, now, WINDOW_S) > GROWTH then
+        return false
+    end
+    if n > replica.peak then
+        replica.peak = n
+    end
+    return true
+end
+
+--- Admit a request to a replica of its service, and count it there. Returns the replica; or nil and
+--- "none" (nothing to route to), "paced" (not yet) or "gone" (the service is no more).
+function _M.admit(var, service)
+    for _ = 1, TRIES do
+        local replica = pick(service)
+        if replica then
+            local n = activity.take_replica(var, replica)
+            -- Counted first, version read second: with that order "version n, replica at zero" proves
+            -- to the backend that nobody can still reach the replica.
+            if store.version() == registry.version() then
+                if within_pace(replica, n) then
+                    return replica
+                end
+                activity.drop_replica(var)
+                return nil, "paced"
+            end
+            activity.drop_replica(var)
+        end
+        if not registry.refresh() and not replica then
+            return nil, "none"
+        end
+        service = registry.find(service.name)
+        if not service then
+            return nil, "gone"
+        end
+    end
+    return nil, "paced"
+end
+
+--- How many requests this worker may send to a service just now; an estimate, it reserves nothing.
+function _M.capacity(service)
+    local total, now = 0, clock.now()
+    for _, replica in ipairs(service.routable) do
+        roll_period(replica, now)
+        local below_peak = max(replica.peak, replica.last_peak) - store.counted(replica.count_key)
+        local growth = GROWTH - store.grown(replica.id, now, WINDOW_S)
+        total = total + max(0, below_peak) + max(0, growth)
+    end
+    return total
+end
+
+--- Make an admitted replica the peer of this request's proxy_pass.
+function _M.send_to(var, replica)
+    var.sg_tries = var.sg_tries + 1
+    ngx.ctx.peer = replica
+end
+
+--- Nothing could be sent to the replica of this request. A row of such failures takes it out of the
+--- choice until a poll that starts later passes.
+function _M.connect_failed(var)
+    local replica = registry.replica(var.sg_replica)
+    if replica then
+        replica.failures = replica.failures + 1
+        if replica.failures >= SUSPECT_AFTER then
+            replica.failures = 0
+            store.suspect(replica.id, replica.gen, clock.now(), SUSPECT_TTL_S)
+        end
+    end
+end
+
+--- Set the peer; the balancer phase, which cannot yield.
+function _M.set_peer()
+    local peer = ngx.ctx.peer
+    local read_timeout = peer.service.read_timeout
+    local ok, err = ngx_balancer.set_current_peer(peer.host, peer.port)
+    if ok then
+        ok, err = ngx_balancer.set_timeouts(CONNECT_TIMEOUT_S, read_timeout, read_timeout)
+    end
+    if not ok then
+        ngx.log(ngx.ERR, "set_current_peer ", peer.endpoint, ": ", err)
+        return ngx.exit(ngx.HTTP_INTERNAL_SERVER_ERROR)
+    end
+end
+
+return _M

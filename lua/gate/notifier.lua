@@ -1,0 +1,177 @@
+-- The exchange with the backend: what the gate knows goes up, the snapshot comes down when it is another.
+-- Level-triggered: losing a call loses nothing. Calls run in a timer of their own, so a backend that
+-- hangs blocks nobody.
+--
+-- Per worker: whether a call is under way or asked for, when the last one began, whether the backend
+-- answered it. Shared (through the store): when any worker last had traffic or waiting requests.
+
+local cjson = require "cjson.safe"
+
+local activity = require "gate.activity"
+local clock = require "gate.clock"
+local http = require "gate.http"
+local registry = require "gate.registry"
+local settings = require "gate.settings"
+local store = require "gate.store"
+
+local timer_at = ngx.timer.at
+local format = string.format
+local ipairs = ipairs
+local pairs = pairs
+
+local CALL_TIMEOUT_S = 2
+local ANSWER_LIMIT = 64 * 1024 * 1024
+local WAITING_PACE_S = 0.05
+local TRAFFIC_PACE_S = 0.25
+local REST_PACE_S = 1
+local RECENT_S = 0.3     -- traffic and waiting noted that long ago are still news
+local SIGNAL_EVERY_S = 0.02
+
+local calling = false
+local asked_again = false
+local last_call = 0
+local last_signal = 0
+local began_then = 0
+local reachable = true
+local on_change
+
+local _M = {}
+
+local function compose(now)
+    registry.refresh()
+    local version = registry.version()
+    local up = { gate = store.boot_id(), snapshot = cjson.null, services = {}, replicas = {} }
+    if version then
+        local epoch, n = store.parse_version(version)
+        up.snapshot = { epoch = epoch, n = n }
+    end
+    -- From here on only counts are read: the version was read before them.
+    local tags = store.workers()
+    for _, service in ipairs(registry.services()) do
+        up.services[service.name] = activity.report(tags, service.name, now)
+    end
+    for id, replica in pairs(registry.replicas()) do
+        local health, detail = store.health(id, replica.gen)
+        up.replicas[id] = {
+            gen = replica.gen, in_flight = activity.on_replica(tags, replica),
+            health = health, detail = detail,
+        }
+    end
+    return cjson.encode(up), version
+end
+
+local function keep_unknown(down)
+    local kept
+    local services = {}
+    for i, entry in ipairs(down.services) do
+        if entry.unknown == true then
+            kept = kept or registry.stored_entries()
+            entry = kept[entry.name] or entry
+        end
+        services[i] = entry
+    end
+    if kept then
+        down.services = services
+        return cjson.encode(down)
+    end
+    return nil
+end
+
+local function take(body, basis)
+    local down = cjson.decode(body)
+    local version = down and down.version
+    if not version or not down.services then
+        return nil, "answer without version or services"
+    end
+    local text = keep_unknown(down) or body
+    local name = format("%s:%d", version.epoch, version.n)
+    if store.put_snapshot(basis, name, text, clock.now()) then
+        registry.refresh()
+        on_change()
+    end
+    return true
+end
+
+local function call()
+    local now = clock.now()
+    last_call = now
+    local body, basis = compose(now)
+    local answer, err = http.request {
+        endpoint = "unix:" .. settings.control_socket, method = "POST", path = "/gate/notify",
+        headers = { ["Content-Type"] = "application/json" }, body = body,
+        timeout = CALL_TIMEOUT_S, limit = ANSWER_LIMIT, keepalive = true,
+    }
+    if not answer then
+        return nil, err
+    elseif answer.status == 204 then
+        return true
+    elseif answer.status == 200 then
+        return take(answer.body, basis)
+    end
+    return nil, "status " .. answer.status
+end
+
+local function call_until_quiet()
+    repeat
+        asked_again = false
+        local done, ok, err = pcall(call)
+        if not done then
+            ok, err = nil, ok
+        end
+        if ok and not reachable then
+            ngx.log(ngx.NOTICE, "backend answers again")
+        elseif not ok and reachable then
+            ngx.log(ngx.WARN, "notify: ", err, "; trying on")
+        end
+        reachable = ok
+    until not (asked_again and reachable)
+    calling = false
+end
+
+--- Call the backend now; asked for during a call, another one follows it.
+function _M.kick()
+    if calling then
+        asked_again = true
+        return
+    end
+    calling = true
+    local ok, err = timer_at(0, call_until_quiet)
+    if not ok then
+        calling = false
+        ngx.log(ngx.WARN, "notify timer: ", err)
+    end
+end
+
+--- Tell the leader what sets the pace of its calls; every worker's tick.
+function _M.signal(now, waiting)
+    if now - last_signal < SIGNAL_EVERY_S then
+        return
+    end
+    last_signal = now
+    if waiting then
+        store.advance_time("seen:waiting", now)
+    elseif activity.holding() > 0 or activity.began() ~= began_then then
+        began_then = activity.began()
+        store.advance_time("seen:traffic", now)
+    end
+end
+
+--- Make the periodic call when it is due; the leader's tick.
+function _M.keep_pace(now)
+    local pace = REST_PACE_S
+    if now - (store.time("seen:waiting") or 0) < RECENT_S then
+        pace = WAITING_PACE_S
+    elseif now - (store.time("seen:traffic") or 0) < RECENT_S then
+        pace = TRAFFIC_PACE_S
+    end
+    if now - last_call >= pace and not calling then
+        _M.kick()
+    end
+end
+
+--- Begin; `changed` is called after this worker stored a new snapshot.
+function _M.start(changed)
+    on_change = changed
+end
+
+return _M

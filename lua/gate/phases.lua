@@ -1,0 +1,108 @@
+-- One function per nginx phase, each a short list of calls in reading order. No state.
+
+local activity = require "gate.activity"
+local balancer = require "gate.balancer"
+local duties = require "gate.duties"
+local hold = require "gate.hold"
+local pages = require "gate.pages"
+local problem = require "gate.problem"
+local registry = require "gate.registry"
+local router = require "gate.router"
+local store = require "gate.store"
+
+local CLIENT_GONE = 499
+
+local PAGES = {
+    page = true, metrics = true, healthz = true, readyz = true, openai = true, admin = true,
+}
+
+local _M = {}
+
+--- A worker starts.
+function _M.init_worker()
+    math.randomseed(ngx.now() * 1000 + ngx.worker.pid())
+    local ok, err = store.join()
+    if not ok then
+        ngx.log(ngx.EMERG, err)
+        return
+    end
+    registry.refresh()
+    duties.start()
+end
+
+local function serve(var, service, ask, path)
+    activity.arrive(var, service, ask, path)
+    if not hold.busy(service.name) then
+        local replica = balancer.admit(var, service)
+        if replica then
+            return balancer.send_to(var, replica)
+        end
+    end
+    service = registry.find(service.name)
+    if not service then
+        return problem.send("no-such-route", {})
+    end
+    return hold.enter(var, service)
+end
+
+--- A request came.
+function _M.access()
+    local var = ngx.var
+    local kind, service, ask, path, raw = registry.match(var.request_uri)
+    if kind ~= "service" and registry.refresh() then
+        kind, service, ask, path, raw = registry.match(var.request_uri)
+    end
+    var.sg_path = raw
+    if kind == "service" then
+        return serve(var, service, ask, path)
+    elseif PAGES[kind] then
+        return pages.answer(var, kind)
+    elseif kind == "no-such-route" and not registry.complete() then
+        return hold.enter(var, nil)
+    end
+    return problem.send(kind, { service = service and service.name })
+end
+
+--- A held request begins to wait, its body read.
+function _M.hold()
+    return hold.wait(ngx.var)
+end
+
+--- A try failed before the service's answer began.
+function _M.again()
+    return hold.again(ngx.var)
+end
+
+--- nginx asks where to connect to.
+function _M.balancer()
+    return balancer.set_peer()
+end
+
+--- nginx refused a request by itself.
+function _M.error()
+    local var = ngx.var
+    local path = (var.request_uri or ""):match("^[^?]*")
+    local code = problem.code_of(ngx.status)
+    if code == "bad-request" and path ~= "" and not router.safe(path) then
+        code = "bad-path"
+    end
+    if var.sg_path == "" then
+        var.sg_path = path
+    end
+    return problem.send(code, {})
+end
+
+--- The backend did not take an admin call.
+function _M.backend_away()
+    return problem.send("backend-away", {})
+end
+
+--- A request has ended, however it did.
+function _M.log()
+    local var = ngx.var
+    hold.forget(var)
+    activity.release(var, var.sg_problem == "" and ngx.status ~= CLIENT_GONE)
+    hold.advance(var.sg_service)
+end
+
+return _M

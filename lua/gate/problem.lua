@@ -1,0 +1,167 @@
+-- The one table of everything the gate can refuse, and how it is said: code → status, body,
+-- Retry-After. `render` is pure and loads without nginx; `send` writes the answer. No state.
+
+local cjson = require "cjson.safe"
+
+local ceil = math.ceil
+local max = math.max
+local min = math.min
+
+local RETRY_LIMIT = 60 -- client libraries give up on longer ones
+local TYPE_PREFIX = "https://slurmgate.dev/problems/"
+
+-- retry: seconds, or "estimate": the service's own estimate, with `default` where there is none
+local CODES = {
+    ["bad-path"] = { status = 400, title = "Path not acceptable",
+        detail = "The path has dot segments, an encoded slash or backslash, or a control character." },
+    ["bad-request"] = { status = 400, title = "Bad request",
+        detail = "The request is not valid HTTP." },
+    ["unauthorized"] = { status = 401, title = "Unauthorized",
+        detail = "This needs a valid key.", challenge = "Bearer" },
+    ["forbidden"] = { status = 403, title = "Forbidden",
+        detail = "This is answered to private networks only." },
+    ["no-such-route"] = { status = 404, title = "No such route",
+        detail = "No service has this route." },
+    ["path-not-allowed"] = { status = 404, title = "Path not allowed",
+        detail = "The service exists, but this path of it is not open." },
+    ["no-such-model"] = { status = 404, title = "No such model",
+        detail = "No service offers this model." },
+    ["method-not-allowed"] = { status = 405, title = "Method not allowed",
+        detail = "This page does not take this method." },
+    ["request-timeout"] = { status = 408, title = "Request timeout",
+        detail = "The request did not arrive in time." },
+    ["body-too-large"] = { status = 413, title = "Body too large",
+        detail = "The request body is larger than this gate takes." },
+    ["uri-too-long"] = { status = 414, title = "URI too long",
+        detail = "The request line is longer than this gate takes." },
+    ["headers-too-large"] = { status = 431, title = "Headers too large",
+        detail = "The request headers are larger than this gate takes." },
+    ["too-many-waiting"] = { status = 429, title = "Too many waiting", retry = "estimate",
+        default = 5, detail = "The waiting room of this service is full." },
+    ["internal"] = { status = 500, title = "Internal error",
+        detail = "The gate failed; its error log says why." },
+    ["upstream-failed"] = { status = 502, title = "Service failed",
+        detail = "The service broke off while it had this request." },
+    ["hold-timeout"] = { status = 503, title = "Service not ready yet", retry = "estimate",
+        default = 10, detail = "The service is starting; this request was held as long as it may be." },
+    ["start-failed"] = { status = 503, title = "Service failed to start", retry = "estimate",
+        default = 5, detail = "The service ended before it was ready." },
+    ["cannot-start"] = { status = 503, title = "Service cannot be started", retry = "estimate",
+        default = 60, detail = "The service cannot be started as it is configured." },
+    ["disabled"] = { status = 503, title = "Service management is off", retry = "estimate",
+        default = 60, detail = "Service management is off: nothing is started." },
+    ["not-running"] = { status = 503, title = "Service is not running", retry = "estimate",
+        default = 10, detail = "The service is not running, and this request does not start it." },
+    ["not-ready"] = { status = 503, title = "Gate not ready", retry = 1,
+        detail = "The gate has no routing table from the backend yet." },
+    ["backend-away"] = { status = 503, title = "Backend away", retry = 1,
+        detail = "The backend does not answer at the moment. Services go on." },
+    ["upstream-timeout"] = { status = 504, title = "Service went silent",
+        detail = "The service did not go on within its read timeout." },
+}
+
+-- What nginx refuses by itself, before any Lua runs
+local BY_STATUS = {
+    [400] = "bad-request", [403] = "forbidden", [404] = "no-such-route",
+    [405] = "method-not-allowed", [408] = "request-timeout", [413] = "body-too-large",
+    [414] = "uri-too-long", [431] = "headers-too-large", [494] = "headers-too-large",
+    [502] = "upstream-failed", [503] = "backend-away", [504] = "upstream-timeout",
+}
+
+local _M = {}
+
+--- The code for a status nginx itself came up with.
+function _M.code_of(status)
+    return BY_STATUS[status] or (status < 500 and "bad-request" or "internal")
+end
+
+--- Seconds for the Retry-After of a code: what the client is told (at most 60), and the true estimate.
+function _M.retry_after(code, estimate)
+    local entry = CODES[code]
+    if not entry.retry then
+        return nil
+    end
+    local true_value = entry.retry == "estimate" and (estimate or entry.default) or entry.retry
+    return min(RETRY_LIMIT, max(1, ceil(true_value))), true_value
+end
+
+local function openai_body(entry, code, facts)
+    local kind = entry.status < 500 and "invalid_request_error" or "server_error"
+    return { error = {
+        message = facts.detail or entry.detail, type = kind, code = code, param = cjson.null,
+    } }
+end
+
+local function problem_body(entry, code, facts, true_retry)
+    return {
+        type = TYPE_PREFIX .. code,
+        title = entry.title,
+        status = entry.status,
+        detail = facts.detail or entry.detail,
+        service = facts.service,
+        state = facts.state,
+        reason = facts.reason,
+        log = facts.private and facts.log or nil,
+        retry_after_s = true_retry,
+    }
+end
+
+--- Status, headers and body of a problem. `facts`: detail, service, state, reason, log, estimate,
+--- private (the client may see log lines and reasons), openai (the other body shape), allow.
+function _M.render(code, facts)
+    local entry = CODES[code]
+    local retry, true_retry = _M.retry_after(code, facts.estimate)
+    local body, content_type
+    if facts.openai then
+        body, content_type = openai_body(entry, code, facts), "application/json"
+    else
+        body = problem_body(entry, code, facts, true_retry)
+        content_type = "application/problem+json"
+    end
+    local text = cjson.encode(body)
+    return entry.status, {
+        ["Content-Type"] = content_type,
+        ["Content-Length"] = #text,
+        ["Retry-After"] = retry,
+        ["Allow"] = facts.allow,
+        ["WWW-Authenticate"] = entry.challenge,
+        ["Cache-Control"] = "no-store",
+    }, text
+end
+
+--- Facts about a service for `render`. People outside the private networks learn the state and the
+--- class of the reason, never words that may name a node or a job.
+function _M.service_facts(service, private, code)
+    local refusal = service.refusal
+    local facts = {
+        service = service.name, state = service.state, private = private,
+        estimate = service.retry_after_s,
+    }
+    if refusal and refusal.code == code then
+        facts.estimate = refusal.retry_after_s or facts.estimate
+        facts.reason = private and refusal.reason or code
+        facts.log = refusal.log
+    elseif private then
+        facts.reason = service.reason
+    end
+    return facts
+end
+
+--- Answer the current request with a problem and end it. Does not return.
+function _M.send(code, facts)
+    local var = ngx.var
+    facts.openai = facts.openai or (var.sg_path and var.sg_path:find("^/v1/?") and
+        (var.sg_path == "/v1" or var.sg_path:sub(1, 4) == "/v1/"))
+    local status, headers, text = _M.render(code, facts)
+    var.sg_problem = code
+    -- A body left unread would be taken for the next request of this connection.
+    ngx.req.discard_body()
+    ngx.status = status
+    for name, value in pairs(headers) do
+        ngx.header[name] = value
+    end
+    ngx.print(text)
+    return ngx.exit(ngx.HTTP_OK)
+end
+
+return _M

@@ -1,0 +1,205 @@
+-- This worker's compiled view of the snapshot: one hash lookup from a route to its service. Refreshed
+-- whenever the shared version is another; all of it is per worker.
+--
+-- Service and replica tables are made anew with each version, except that a replica of the same
+-- generation keeps its table: load history and failure counts of this worker live in it.
+
+local cjson = require "cjson.safe"
+
+local clock = require "gate.clock"
+local router = require "gate.router"
+local store = require "gate.store"
+
+local ipairs = ipairs
+local pairs = pairs
+
+local REREADS = 5
+
+local version          -- of the compiled snapshot, nil before the first
+local suspicions = -1  -- of the compiled lists
+local complete = false -- false while the backend could not tell about every service
+local services = {}
+local by_name = {}
+local by_route = {}
+local replicas = {}
+
+local _M = {}
+
+local function value(field)
+    if field == cjson.null then
+        return nil
+    end
+    return field
+end
+
+local function compile_replica(entry, known, service, at)
+    local replica = known[entry.id]
+    if not replica or replica.gen ~= entry.gen then
+        replica = {
+            id = entry.id, gen = entry.gen, running_since = at - (value(entry.age_s) or 0),
+            count_key = store.tag() .. ":r:" .. entry.id, sum_key = ":r:" .. entry.id,
+            failures = 0, answered = 0, peak = 0, last_peak = 0, period = 0,
+        }
+    end
+    local endpoint = value(entry.endpoint)
+    if endpoint ~= replica.endpoint then
+        replica.endpoint = endpoint
+        if endpoint and endpoint:sub(1, 5) == "unix:" then
+            replica.host, replica.port = endpoint, nil
+        elseif endpoint then
+            local host, port = endpoint:match("^(.*):(%d+)$")
+            replica.host, replica.port = host, tonumber(port)
+        end
+    end
+    replica.phase = entry.phase
+    replica.usable = entry.routable == true and endpoint ~= nil
+    replica.service = service
+    return replica
+end
+
+local function compile_service(entry, known, at)
+    local service = {
+        name = entry.name, route = entry.route_name, retired = entry.retired == true,
+        api_prefixes = router.prefixes(entry.api_paths),
+        no_wake = router.prefixes(value(entry.no_wake) or {}),
+        state = entry.state, reason = value(entry.reason),
+        retry_after_s = value(entry.retry_after_s), hold_timeout = entry.hold_timeout,
+        max_waiting = entry.max_waiting, replay = entry.replay,
+        read_timeout = entry.read_timeout, health = entry.health,
+        use_key = store.tag() .. ":u:" .. entry.name, requests_key = "requests:" .. entry.name,
+        replicas = {}, routable = {},
+    }
+    local refusal = value(entry.refusal)
+    if refusal then
+        service.refusal = {
+            code = refusal.code, reason = value(refusal.reason), log = value(refusal.log),
+            retry_after_s = value(refusal.retry_after_s),
+        }
+    end
+    for i, replica in ipairs(entry.replicas) do
+        service.replicas[i] = compile_replica(replica, known, service, at)
+    end
+    return service
+end
+
+local function list_routable()
+    suspicions = store.suspicions()
+    for _, service in ipairs(services) do
+        local routable = {}
+        for _, replica in ipairs(service.replicas) do
+            if replica.usable and not store.suspected(replica.id, replica.gen) then
+                routable[#routable + 1] = replica
+            end
+        end
+        service.routable = routable
+    end
+end
+
+local function compile(new_version, snapshot, at)
+    local known = replicas
+    services, by_name, by_route, replicas, complete = {}, {}, {}, {}, true
+    for _, entry in ipairs(snapshot.services) do
+        if entry.unknown == true and not entry.route_name then
+            complete = false
+        else
+            local service = compile_service(entry, known, at)
+            services[#services + 1] = service
+            by_name[service.name] = service
+            if not service.retired then
+                by_route[service.route] = service
+            end
+            for _, replica in ipairs(service.replicas) do
+                replicas[replica.id] = replica
+            end
+        end
+    end
+    version = new_version
+    list_routable()
+end
+
+--- Take over the newest snapshot and suspicions; true if anything changed.
+function _M.refresh()
+    local stored = store.version()
+    if stored == version then
+        if version and suspicions ~= store.suspicions() then
+            list_routable()
+            return true
+        end
+        return false
+    end
+    for _ = 1, REREADS do
+        local text, at = store.snapshot(stored)
+        if text then
+            local snapshot, err = cjson.decode(text)
+            if not snapshot then
+                ngx.log(ngx.CRIT, "snapshot ", stored, ": ", err)
+                return false
+            end
+            compile(stored, snapshot, at or clock.now())
+            return true
+        end
+        stored = store.version()
+    end
+    return false
+end
+
+--- Version of this view, nil before the first snapshot.
+function _M.version()
+    return version
+end
+
+--- Whether an unknown route is really unknown: there is a snapshot, and no service is missing in it.
+function _M.complete()
+    return complete
+end
+
+--- Match a raw request URI; see router.match.
+function _M.match(uri)
+    return router.match(by_route, uri)
+end
+
+--- All services, retired ones too.
+function _M.services()
+    return services
+end
+
+--- A service by name, if requests may go to it.
+function _M.find(name)
+    local service = by_name[name]
+    if service and not service.retired then
+        return service
+    end
+    return nil
+end
+
+--- A replica by id, or nil.
+function _M.replica(id)
+    return replicas[id]
+end
+
+--- All replicas by id.
+function _M.replicas()
+    return replicas
+end
+
+--- Whether a replica that once took requests will take none any more.
+function _M.ended(id)
+    local replica = replicas[id]
+    if not replica then
+        return true
+    end
+    return not replica.usable and replica.phase ~= "starting" and replica.phase ~= "ready"
+end
+
+--- Services of the stored snapshot as they came, by name: what to keep of one the backend is unsure of.
+function _M.stored_entries()
+    local text = version and store.snapshot(version)
+    local snapshot = text and cjson.decode(text)
+    local entries = {}
+    for _, entry in pairs(snapshot and snapshot.services or {}) do
+        entries[entry.name] = entry
+    end
+    return entries
+end
+
+return _M

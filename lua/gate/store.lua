@@ -1,0 +1,351 @@
+-- The only module that touches ngx.shared, so the only place to look for state of all workers.
+--
+-- sg_counts  numbers of requests, keyed by worker; a dict of its own, because an evicted count would
+--            come back as a negative one
+-- sg_state   the snapshot and its version, the workers' slots, health, demand, leases
+-- sg_pages   half-second copies of the backend's pages
+--
+-- A worker is known by its tag "pid.start time", so a recycled pid is never taken for a dead worker.
+-- Per worker: this worker's tag. Everything else is shared.
+
+local ffi = require "ffi"
+
+local C = ffi.C
+local shared = ngx.shared
+local floor = math.floor
+local format = string.format
+local io_open = io.open
+local tonumber = tonumber
+
+local ESRCH = 3
+local LOCK_TRIES = 2000
+local SLOT_LIMIT = 4096
+
+local counts = shared.sg_counts
+local state = shared.sg_state
+local pages = shared.sg_pages
+local my_tag
+
+ffi.cdef [[
+int kill(int pid, int signal);
+]]
+
+local _M = {}
+
+-- Workers ------------------------------------------------------------------------------------
+
+local function start_time(pid)
+    local file = io_open("/proc/" .. pid .. "/stat", "r")
+    if not file then
+        return nil
+    end
+    local text = file:read("*a")
+    file:close()
+    -- The command name may hold blanks and brackets: count fields from the last bracket on.
+    local fields = text and text:match("^.*%)%s(.*)$")
+    if not fields then
+        return nil
+    end
+    local process_state = fields:sub(1, 1)
+    local index = 2
+    for value in fields:gmatch("%S+") do
+        index = index + 1
+        if index == 22 then
+            return value, process_state
+        end
+    end
+    return nil
+end
+
+local function alive(tag)
+    local pid, started = tag:match("^(%d+)%.(%d+)$")
+    if C.kill(tonumber(pid), 0) ~= 0 and ffi.errno() == ESRCH then
+        return false
+    end
+    local now_started, process_state = start_time(pid)
+    -- An unreadable file says nothing about the process: then it counts as alive.
+    return now_started == nil or (now_started == started and process_state ~= "Z")
+end
+
+--- Take the first free slot for this worker. The counts are visible to all from here on.
+function _M.join()
+    local pid = ngx.worker.pid()
+    my_tag = pid .. "." .. (start_time(pid) or "0")
+    for slot = 1, SLOT_LIMIT do
+        if state:add("worker:" .. slot, my_tag) then
+            while (state:get("slots") or 0) < slot do
+                state:incr("slots", 1, 0)
+            end
+            return true
+        end
+    end
+    return nil, "join: no free worker slot"
+end
+
+--- This worker's name among all workers since the gate's boot.
+function _M.tag()
+    return my_tag
+end
+
+--- Tags of all workers that have a slot; read afresh, because a count missed is a request cut.
+function _M.workers()
+    local tags, n = {}, 0
+    for slot = 1, state:get("slots") or 0 do
+        local tag = state:get("worker:" .. slot)
+        if tag then
+            n = n + 1
+            tags[n] = tag
+        end
+    end
+    return tags
+end
+
+--- Forget the counts of workers that died without log phases, and free their slots.
+function _M.reap()
+    for slot = 1, state:get("slots") or 0 do
+        local tag = state:get("worker:" .. slot)
+        if tag and not alive(tag) then
+            local prefix = tag .. ":"
+            for _, key in ipairs(counts:get_keys(0)) do
+                if key:sub(1, #prefix) == prefix then
+                    counts:delete(key)
+                end
+            end
+            state:delete("worker:" .. slot)
+            ngx.log(ngx.NOTICE, "counts of dead worker ", tag, " removed")
+        end
+    end
+end
+
+-- Counts -------------------------------------------------------------------------------------
+
+--- Add to a count of this worker; returns the new value.
+function _M.count(key, delta)
+    local value, err = counts:incr(key, delta, 0)
+    if not value then
+        ngx.log(ngx.CRIT, "count ", key, ": ", err)
+        return 0
+    end
+    return value
+end
+
+--- One count as it stands.
+function _M.counted(key)
+    return counts:get(key) or 0
+end
+
+--- Sum of one count over the given workers; `suffix` is the key without the tag.
+function _M.sum(tags, suffix)
+    local total = 0
+    for i = 1, #tags do
+        total = total + (counts:get(tags[i] .. suffix) or 0)
+    end
+    return total
+end
+
+--- Remove a count of this worker if it is zero.
+function _M.drop_zero(key)
+    local value = counts:get(key)
+    if value == 0 then
+        counts:delete(key)
+    end
+    return value == 0 or value == nil
+end
+
+-- Snapshot -----------------------------------------------------------------------------------
+
+--- Make the gate's boot id on first start; a reload keeps it.
+function _M.boot()
+    local file = io_open("/dev/urandom", "rb")
+    local bytes = file and file:read(8) or tostring(ngx.now()) .. ngx.worker.pid()
+    if file then
+        file:close()
+    end
+    state:add("boot", (bytes:gsub(".", function(char)
+        return format("%02x", char:byte())
+    end)))
+end
+
+--- The gate's boot id.
+function _M.boot_id()
+    return state:get("boot")
+end
+
+--- Version of the newest snapshot, "epoch:n"; nil before the first.
+function _M.version()
+    return state:get("version")
+end
+
+--- The snapshot of a version: its JSON text and when it came; nil once it was replaced.
+function _M.snapshot(version)
+    local blob = state:get("snap:" .. version)
+    if not blob then
+        return nil
+    end
+    local line_end = blob:find("\n", 1, true)
+    return blob:sub(line_end + 1), tonumber(blob:sub(1, line_end - 1))
+end
+
+--- Epoch and n of a version.
+function _M.parse_version(version)
+    local epoch, n = version:match("^(.*):(%d+)$")
+    return epoch, tonumber(n)
+end
+
+local function newer(version, old)
+    if not old then
+        return true
+    end
+    local epoch, n = _M.parse_version(version)
+    local old_epoch, old_n = _M.parse_version(old)
+    return epoch > old_epoch or (epoch == old_epoch and n > old_n)
+end
+
+local function lock()
+    for _ = 1, LOCK_TRIES do
+        if state:add("lock", my_tag) then
+            return true
+        end
+        local owner = state:get("lock")
+        -- Whoever adds the second key alone removes the dead owner's lock: two thieves would
+        -- otherwise remove each other's.
+        if owner and not alive(owner) and state:add("lock:" .. owner, my_tag) then
+            if state:get("lock") == owner then
+                state:delete("lock")
+            end
+        end
+    end
+    return nil, "lock: held by another worker"
+end
+
+--- Store a snapshot made from `basis` (the version seen before). A late answer never wins: it must be
+--- newer than what is stored, and the stored one must still be the basis.
+function _M.put_snapshot(basis, version, text, now)
+    local ok, err = lock()
+    if not ok then
+        return nil, err
+    end
+    local old = state:get("version")
+    if old ~= basis or not newer(version, old) then
+        state:delete("lock")
+        return nil, "put_snapshot: overtaken"
+    end
+    ok, err = state:safe_set("snap:" .. version, format("%.3f\n", now) .. text)
+    if ok then
+        ok, err = state:safe_set("version", version)
+    end
+    if ok and old then
+        state:delete("snap:" .. old)
+    end
+    state:delete("lock")
+    return ok, err and "put_snapshot: " .. err
+end
+
+-- Leader -------------------------------------------------------------------------------------
+
+--- Take or renew the leader's lease; an exiting worker takes it only when `eager` is false for all.
+function _M.lead(seconds, may_take)
+    if state:get("leader") == my_tag then
+        state:set("leader", my_tag, seconds)
+        return true
+    end
+    return may_take and state:add("leader", my_tag, seconds) == true
+end
+
+--- Whether nobody leads.
+function _M.leaderless()
+    return state:get("leader") == nil
+end
+
+--- Give the lease up, if this worker has it.
+function _M.abdicate()
+    if state:get("leader") == my_tag then
+        state:delete("leader")
+    end
+end
+
+-- Times, demand, health ----------------------------------------------------------------------
+
+--- Move a point in time forward; an older one changes nothing.
+function _M.advance_time(key, now, seconds)
+    local known = state:get(key)
+    if not known or known < now then
+        state:set(key, now, seconds or 0)
+    end
+end
+
+--- A point in time, or nil.
+function _M.time(key)
+    return state:get(key)
+end
+
+--- Note demand nobody waits for: asked now, to be kept until `lease_end`.
+function _M.want(service, now, lease_end)
+    _M.advance_time("wanted:" .. service, now)
+    _M.advance_time("lease:" .. service, lease_end)
+end
+
+--- Number of requests of all workers that may grow a replica's load within one window, after one more.
+function _M.grow(replica, now, window)
+    local key = "grow:" .. replica .. ":" .. floor(now / window)
+    return state:incr(key, 1, 0, 1) or 0
+end
+
+--- The same number as it stands.
+function _M.grown(replica, now, window)
+    return state:get("grow:" .. replica .. ":" .. floor(now / window)) or 0
+end
+
+--- Result of the last poll of one generation of a replica: "up", "down" or "unknown", and words.
+function _M.set_health(replica, gen, health, detail, seconds)
+    state:set("health:" .. replica, gen .. " " .. health .. " " .. detail, seconds)
+end
+
+--- What set_health stored, "unknown" and "" if it is about another generation.
+function _M.health(replica, gen)
+    local text = state:get("health:" .. replica)
+    if text then
+        local of, health, detail = text:match("^(%d+) (%a+) (.*)$")
+        if tonumber(of) == gen then
+            return health, detail
+        end
+    end
+    return "unknown", ""
+end
+
+--- Suspect one generation of a replica: nothing connects to it until a poll started later passes.
+function _M.suspect(replica, gen, now, seconds)
+    if state:add("suspect:" .. replica .. ":" .. gen, now, seconds) then
+        state:incr("suspicions", 1, 0)
+    end
+end
+
+--- Since when it is suspected, or nil.
+function _M.suspected(replica, gen)
+    return state:get("suspect:" .. replica .. ":" .. gen)
+end
+
+--- Trust it again.
+function _M.trust(replica, gen)
+    state:delete("suspect:" .. replica .. ":" .. gen)
+    state:incr("suspicions", 1, 0)
+end
+
+--- Changes with every suspicion raised or taken back.
+function _M.suspicions()
+    return state:get("suspicions") or 0
+end
+
+-- Pages --------------------------------------------------------------------------------------
+
+--- A page kept for a moment; best effort.
+function _M.keep_page(key, text, seconds)
+    pages:set(key, text, seconds)
+end
+
+--- A page that was kept, or nil.
+function _M.page(key)
+    return pages:get(key)
+end
+
+return _M

@@ -1,0 +1,331 @@
+"""Parts of the gate's tests: a real nginx, with a backend on unix sockets that says what the test tells it to."""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import grp
+import json
+import os
+import re
+import signal
+import socket
+import socketserver
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from http.client import HTTPConnection, HTTPResponse
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
+
+from slurmgate import nginx, share
+from slurmgate.model import GateSpec
+
+DEADLINE_S = 20.0
+
+
+def wait_until(condition: Callable[[], Any], what: str, seconds: float = DEADLINE_S) -> Any:
+    """Wait for a condition; fail with its name when the deadline passes."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.01)
+    raise AssertionError(f"not within {seconds} s: {what}")
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+class _UnixServer(socketserver.ThreadingUnixStreamServer):
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 128
+
+
+class FakeBackend:
+    """Both of the backend's sockets; keeps what the gate told and hands out a chosen snapshot."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self.notes: list[dict[str, Any]] = []
+        self.pages: dict[str, tuple[int, str]] = {}
+        self.calls: list[tuple[str, str, dict[str, str]]] = []
+        self.on_note: Callable[[dict[str, Any]], None] = lambda note: None
+        self._epoch = "0001"
+        self._n = 0
+        self._services: list[dict[str, Any]] | None = None
+        self._lock = threading.Lock()
+        self._servers: list[_UnixServer] = []
+
+    def start(self) -> None:
+        for name, handler in (("control.sock", self._control()), ("api.sock", self._api())):
+            path = self.run_dir / name
+            path.unlink(missing_ok=True)
+            server = _UnixServer(str(path), handler)
+            # The workers may be another user; in the product all are one user.
+            path.chmod(0o777)
+            self._servers.append(server)
+            threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def stop(self) -> None:
+        for server in self._servers:
+            server.shutdown()
+            server.server_close()
+        self._servers = []
+
+    def publish(self, *services: dict[str, Any]) -> str:
+        """Make a new snapshot; returns its version."""
+        with self._lock:
+            self._n += 1
+            self._services = list(services)
+            return f"{self._epoch}:{self._n}"
+
+    @property
+    def version(self) -> dict[str, Any]:
+        return {"epoch": self._epoch, "n": self._n}
+
+    def service_note(self, name: str) -> dict[str, Any]:
+        """What the newest call told about a service."""
+        for note in reversed(self.notes[-1:]):
+            found: dict[str, Any] = note["services"].get(name, {})
+            return found
+        return {}
+
+    def replica_note(self, replica: str) -> dict[str, Any]:
+        for note in reversed(self.notes[-1:]):
+            found: dict[str, Any] = note["replicas"].get(replica, {})
+            return found
+        return {}
+
+    def _answer(self, note: dict[str, Any]) -> bytes | None:
+        self.on_note(note)
+        with self._lock:
+            self.notes.append(note)
+            if self._services is None or note["snapshot"] == self.version:
+                return None
+            return json.dumps({"version": self.version, "services": self._services}).encode()
+
+    def _control(self) -> type[BaseHTTPRequestHandler]:
+        backend = self
+
+        class Control(_Handler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                answer = backend._answer(json.loads(body))
+                self.reply(204 if answer is None else 200, answer or b"")
+
+        return Control
+
+    def _api(self) -> type[BaseHTTPRequestHandler]:
+        backend = self
+
+        class Api(_Handler):
+            def do_GET(self) -> None:
+                backend.calls.append((self.command, self.path, dict(self.headers)))
+                status, text = backend.pages.get(self.path, (404, "{}"))
+                self.reply(status, text.encode())
+
+            def do_POST(self) -> None:
+                self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                self.do_GET()
+
+        return Api
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def address_string(self) -> str:
+        return "unix"
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def reply(self, status: int, body: bytes) -> None:
+        self.send_response_only(status)
+        if status != 204:
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(body)
+
+
+class _TcpServer(socketserver.ThreadingTCPServer):
+    allow_reuse_address = True
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 1024
+
+
+class EchoService:
+    """A small service: health, echo of what arrived, slow, streamed and breaking answers."""
+
+    def __init__(self) -> None:
+        self.port = free_port()
+        self.healthy = True
+        self.seen: list[str] = []
+        self._server: _TcpServer | None = None
+
+    def start(self) -> None:
+        service = self
+
+        class Handler(_Handler):
+            def do_GET(self) -> None:
+                service.answer(self)
+
+            do_POST = do_OPTIONS = do_HEAD = do_GET
+
+        self._server = _TcpServer(("127.0.0.1", self.port), Handler)
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def stop(self) -> None:
+        if self._server:
+            self._server.shutdown()
+            self._server.server_close()
+            self._server = None
+
+    def answer(self, handler: _Handler) -> None:
+        body = handler.rfile.read(int(handler.headers.get("Content-Length", 0)))
+        path = handler.path
+        if path == "/health":
+            handler.reply(200 if self.healthy else 503, b"{}")
+            return
+        self.seen.append(path)
+        if path.startswith("/break"):
+            handler.close_connection = True
+            return
+        if path.startswith("/slow/"):
+            time.sleep(float(path.removeprefix("/slow/")))
+        if path.startswith("/header/"):
+            handler.send_response_only(200)
+            handler.send_header("X-Long", "x" * int(path.removeprefix("/header/")))
+            handler.send_header("Content-Length", "0")
+            handler.end_headers()
+            return
+        echo = {"method": handler.command, "path": path, "length": len(body),
+                "headers": dict(handler.headers)}
+        handler.reply(200, json.dumps(echo).encode())
+
+
+class Gate:
+    """A running nginx with the rendered configuration, in a directory of its own."""
+
+    def __init__(self, folder: Path, spec: GateSpec, backend: FakeBackend) -> None:
+        self.folder = folder
+        self.spec = spec
+        self.backend = backend
+        self.port = int(spec.listen.rpartition(":")[2])
+        self.conf = folder / "nginx.conf"
+        self.errors = folder / "error.log"
+        self.expected_errors: list[str] = []
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        paths = nginx.NginxPaths(
+            run_dir=self.backend.run_dir, state_dir=self.folder, lua_dir=share.lua_dir(),
+            access_log=self.folder / "access.log", pid=self.folder / "nginx.pid",
+            temp_dir=self.folder / "temp", error_log=str(self.errors),
+        )
+        paths.temp_dir.mkdir(exist_ok=True)
+        user = None
+        if os.geteuid() == 0:
+            user = f"{getpass.getuser()} {grp.getgrgid(os.getegid()).gr_name}"
+        nginx.write(nginx.render(self.spec, paths, user=user), self.conf)
+        binary = nginx.find_nginx()
+        nginx.test(binary, self.conf)
+        self.process = subprocess.Popen(
+            [binary, "-e", "stderr", "-c", str(self.conf)], start_new_session=True
+        )
+        wait_until(self._listens, "nginx listens")
+
+    def stop(self) -> None:
+        if self.process:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+    def reload(self) -> None:
+        assert self.process
+        self.process.send_signal(signal.SIGHUP)
+
+    def workers(self) -> list[int]:
+        assert self.process
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        return [int(pid) for pid in children.read_text().split()]
+
+    def _listens(self) -> bool:
+        assert self.process
+        assert self.process.poll() is None, "nginx ended"
+        with socket.socket() as sock:
+            return sock.connect_ex(("127.0.0.1", self.port)) == 0
+
+    def get(self, path: str, method: str = "GET", body: bytes | None = None,
+            headers: dict[str, str] | None = None, timeout: float = 30.0) -> Answer:
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+        try:
+            connection.request(method, path, body, headers or {})
+            return Answer(connection.getresponse())
+        finally:
+            connection.close()
+
+    def raw(self, request: bytes) -> bytes:
+        """Send bytes as they are; give all that comes back until the gate closes."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=10) as sock:
+            sock.sendall(request)
+            parts = []
+            while part := sock.recv(65536):
+                parts.append(part)
+            return b"".join(parts)
+
+    def error_lines(self) -> list[str]:
+        text = self.errors.read_text() if self.errors.exists() else ""
+        lines = [line for line in text.splitlines() if re.search(r"\[(error|crit|alert|emerg)\]", line)]
+        return [line for line in lines
+                if not any(expected in line for expected in self.expected_errors)]
+
+
+class Answer:
+    def __init__(self, response: HTTPResponse) -> None:
+        self.status = response.status
+        self.headers = response.headers
+        self.body = response.read()
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def code(self) -> str:
+        """End of the problem's type."""
+        return str(self.json["type"]).rpartition("/")[2]
+
+
+def service(name: str = "LLM", **changes: Any) -> dict[str, Any]:
+    """One service of a snapshot: cold, unless changed."""
+    entry: dict[str, Any] = {
+        "name": name, "route_name": name.lower(), "retired": False, "unknown": False,
+        "api_paths": ["/"], "no_wake": [], "models": [], "state": "cold", "reason": None,
+        "refusal": None, "retry_after_s": 30.0, "hold_timeout": 60, "max_waiting": 1000,
+        "replay": 1, "read_timeout": 60,
+        "health": {"path": "/health", "interval": 5, "start_interval": [0.05, 1],
+                   "timeout": 10, "failures": 3},
+        "replicas": [],
+    }
+    return {**entry, **changes}
+
+
+def replica(port: int, name: str = "r1", **changes: Any) -> dict[str, Any]:
+    """One replica of a snapshot: ready, unless changed."""
+    entry: dict[str, Any] = {
+        "id": name, "gen": 1, "endpoint": f"127.0.0.1:{port}", "phase": "ready",
+        "routable": True, "age_s": 1.0, "job_id": "1", "node": "localhost",
+    }
+    return {**entry, **changes}
