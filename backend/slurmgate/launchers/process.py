@@ -214,7 +214,6 @@ class ProcessLauncher:
             self._records.remove(replica)
             entry = self._replicas.pop(replica)
             self._changed.notify_all()
-        _LOG.info("service %s: replica %s %s", entry.service, replica, end.describe())
         if entry.told is not None:
             entry.told(replica, end)
 
@@ -268,9 +267,9 @@ class ProcessLauncher:
                 _kill([process])
 
 
-def end_process_replicas(state: StateDir) -> None:
+def end_process_replicas(state: StateDir, *, kill_after: float = _KILL_AFTER) -> None:
     """End every process replica of a state directory whose backend is gone for good."""
-    launcher = ProcessLauncher(state)
+    launcher = ProcessLauncher(state, kill_after=kill_after)
     launcher.adopt(lambda replica, end: None)
     launcher.close(stop_replicas=True)
 

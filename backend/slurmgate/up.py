@@ -1,0 +1,239 @@
+"""``slurmgate up``: backend and gate in the foreground, supervised.
+
+State: the file ``children.json`` in the state directory names the sessions that run, so that what a
+killed ``up`` left behind is ended before anything is started. Everything here happens in the main
+thread, the only one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import http.client
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+import ssl
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from slurmgate import config as configuration
+from slurmgate import listening, nginx, privileges, procfs
+from slurmgate.errors import ConfigError, StateError
+from slurmgate.files import write_atomic
+from slurmgate.launchers.process import end_process_replicas
+from slurmgate.model import Config, GateSpec
+from slurmgate.sessions import Session
+from slurmgate.state import StateDir, default_path
+from slurmgate.supervisor import ChildSpec, Supervisor
+
+_LOG = logging.getLogger(__name__)
+
+_BACKEND_STOP = ((signal.SIGTERM, 20.0),)
+_GATE_STOP = ((signal.SIGQUIT, 3.0), (signal.SIGTERM, 1.0))
+_REPLICA_STOP = 10.0
+_PROBE_TIMEOUT = 1.0
+_EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "*": "127.0.0.1", "::": "::1"}
+_READY_PATH = "/readyz"
+
+
+@dataclass(frozen=True, slots=True)
+class UpOptions:
+    """What the command line says; None: not given. ``listen`` overrides the configuration's."""
+
+    config: Path
+    state_dir: Path
+    listen: str | None = None
+    user: str | None = None
+    stop_jobs: bool = False
+
+
+def run(options: UpOptions) -> int:
+    """Serve until SIGTERM or SIGINT; the exit code. SlurmgateError says why that is impossible.
+
+    When it returns or raises, nothing it started runs any more.
+    """
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
+    )
+    options = dataclasses.replace(options, config=options.config.absolute())
+    state = _own_state(options)
+    with state.lock("up"), Supervisor(lambda running: _remember(state, running)) as supervisor:
+        config = _with_listen(configuration.load(options.config), options.listen)
+        _end_leftovers(state, supervisor)
+        state.lock("backend").release()  # a backend that somebody runs by hand: say so at once
+        _check_address(config.gate)
+        gate = _prepare_gate(config.gate, state)
+        try:
+            _serve(supervisor, (_backend(options, state), gate), config.gate)
+        finally:
+            supervisor.stop()
+            # A backend that was killed could not end them, one that stopped has: nothing is left.
+            end_process_replicas(state, kill_after=1.0 if supervisor.hurried else _REPLICA_STOP)
+    return 0
+
+
+def _serve(supervisor: Supervisor, specs: tuple[ChildSpec, ChildSpec], gate: GateSpec) -> None:
+    for spec in specs:
+        if not supervisor.wait_ready(supervisor.start(spec)):
+            return
+    scheme = "http" if gate.tls is None else "https"
+    try:
+        sys.stdout.write(f"ready {scheme}://{gate.listen}\n")
+        sys.stdout.flush()
+    except OSError as error:  # nobody reads it: no reason not to serve
+        _LOG.warning("cannot say ready on standard output: %s", error.strerror)
+    supervisor.watch()
+    _LOG.info("stopping")
+
+
+def _own_state(options: UpOptions) -> StateDir:
+    """Become the right user, then open the state directory as that user."""
+    path = options.state_dir.absolute()
+    user = privileges.choose(options.user, path)
+    if user is not None:
+        if options.user is not None and options.state_dir == default_path(os.environ):
+            path = default_path({**os.environ, "HOME": str(user.home)})
+        privileges.give_state(user, path)
+        privileges.become(user)
+    return StateDir.open(path)
+
+
+def _with_listen(config: Config, listen: str | None) -> Config:
+    for warning in config.warnings:
+        _LOG.warning("%s", warning)
+    if listen is None:
+        return config
+    problem = configuration.listen_problem(listen, is_open=config.gate.open)
+    if problem is not None:
+        raise ConfigError([f"--listen {listen}: {problem}"])
+    return dataclasses.replace(config, gate=dataclasses.replace(config.gate, listen=listen))
+
+
+def _check_address(gate: GateSpec) -> None:
+    host, port = _address(gate.listen)
+    problem = listening.problem(host, port)
+    if problem is not None:
+        raise StateError(f"cannot listen on {gate.listen}: {problem}")
+
+
+def _prepare_gate(gate: GateSpec, state: StateDir) -> ChildSpec:
+    """Render the nginx configuration, let nginx test it and say how to run it."""
+    binary = nginx.find_nginx()
+    conf = nginx.conf_of(state)
+    nginx.write(nginx.render_for(gate, state), conf)
+    try:
+        nginx.test(binary, conf)
+    except ConfigError as error:
+        if any("unknown directive" in line and "lua" in line for line in error.problems):
+            raise StateError(
+                f"{binary} has no Lua module: apt install libnginx-mod-http-lua"
+            ) from error
+        raise
+    return ChildSpec(
+        name="gate",
+        argv=(binary, "-e", "stderr", "-c", str(conf)),
+        ready=lambda: _gate_is_ready(gate),
+        stop=_GATE_STOP,
+        prepare=lambda: _remove_bodies(state),
+    )
+
+
+def _remove_bodies(state: StateDir) -> None:
+    """Requests whose nginx was killed have left their bodies; nginx makes the folders anew."""
+    for folder in state.nginx.iterdir():
+        if folder.is_dir():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _backend(options: UpOptions, state: StateDir) -> ChildSpec:
+    # -P: a module in the current directory must not take the place of one of ours.
+    argv = [sys.executable, "-P", "-m", "slurmgate", "backend", "--supervised"]
+    argv += ["--config", str(options.config), "--state-dir", str(state.path)]
+    if options.listen is not None:
+        argv += ["--listen", options.listen]
+    if options.stop_jobs:
+        argv.append("--stop-jobs")
+    return ChildSpec(
+        name="backend",
+        argv=tuple(argv),
+        ready=lambda: _accepts(state.control_socket),
+        stop=_BACKEND_STOP,
+        reload=signal.SIGHUP,
+    )
+
+
+def _accepts(path: Path) -> bool:
+    """Say whether somebody listens on a unix socket."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(_PROBE_TIMEOUT)
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+    return True
+
+
+def _gate_is_ready(gate: GateSpec) -> bool:
+    """Ask the gate itself. Its certificate is for other names than the one we use: not checked."""
+    host, port = _address(gate.listen)
+    host = _EVERY_ADDRESS.get(host, host)
+    if gate.tls is None:
+        connection = http.client.HTTPConnection(host, port, timeout=_PROBE_TIMEOUT)
+    else:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+        connection = http.client.HTTPSConnection(
+            host, port, timeout=_PROBE_TIMEOUT, context=context
+        )
+    try:
+        connection.request("GET", _READY_PATH)
+        return connection.getresponse().status == http.HTTPStatus.OK
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def _address(listen: str) -> tuple[str, int]:
+    parsed = configuration.parse_listen(listen)
+    if parsed is None:
+        raise ConfigError([f"gate.listen: {listen!r} is not HOST:PORT"])
+    return parsed
+
+
+def _remember(state: StateDir, running: Mapping[str, Session]) -> None:
+    """Keep what runs on the disk; if that fails, only a killed ``up`` would miss it."""
+    boot = procfs.boot_id()
+    entries = {name: {**dataclasses.asdict(s), "boot": boot} for name, s in running.items()}
+    try:
+        write_atomic(state.path / "children.json", json.dumps(entries).encode())
+    except OSError as error:
+        _LOG.warning("cannot write children.json: %s", error.strerror)
+
+
+def _end_leftovers(state: StateDir, supervisor: Supervisor) -> None:
+    """End what a killed ``up`` left: it holds the port, the sockets and the backend's lock."""
+    path = state.path / "children.json"
+    try:
+        entries = json.loads(path.read_bytes())
+        sessions = [
+            (str(name), Session(int(entry["pid"]), int(entry["start"]), str(entry["comm"])))
+            for name, entry in entries.items()
+            if entry["boot"] == procfs.boot_id()
+        ]
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        _LOG.warning("%s is damaged and ignored: %s", path, error)
+        return
+    for name, session in sessions:
+        if session.members():
+            _LOG.warning("ending the %s that an earlier slurmgate left behind", name)
+            stop = _BACKEND_STOP if name == "backend" else ((signal.SIGTERM, 1.0),)
+            supervisor.end(name, session, stop)
