@@ -9,7 +9,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def until(condition: Callable[[], T], seconds: float = 20.0) -> T:
+def until(condition: Callable[[], T | None], seconds: float = 20.0) -> T:
     """Return the first true value of ``condition``; AssertionError when none comes in time."""
     deadline = time.monotonic() + seconds
     while True:

@@ -131,16 +131,14 @@ def _try_gate(spec: GateSpec, state: StateDir, options: BackendOptions) -> Calla
         return lambda: ["gate: changed; restart the gate to put it in force"]
     if options.listen is not None:
         spec = replace(spec, listen=options.listen)
-    paths = nginx.paths(state)
-    text = nginx.render(spec, paths, user=nginx.worker_user())
-    candidate = paths.conf.with_suffix(".new")
-    nginx.write(candidate, text)
-    nginx.test(candidate)
+    conf = nginx.conf_of(state)
+    candidate = conf.with_suffix(".new")
+    nginx.write(nginx.render_for(spec, state), candidate)
+    nginx.test(nginx.find_nginx(), candidate)
 
     def commit() -> list[str]:
-        os.replace(candidate, paths.conf)
-        pid = int(paths.pid.read_text())
-        os.kill(pid, signal.SIGHUP)
+        os.replace(candidate, conf)
+        os.kill(int(state.nginx_pid.read_text()), signal.SIGHUP)
         return ["gate: nginx reloads with the changed section"]
 
     return commit

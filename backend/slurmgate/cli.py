@@ -237,9 +237,8 @@ def run_render(args: argparse.Namespace) -> int:
 
     spec = config.load(args.config).gate
     state = StateDir.open(args.state_dir)
-    args.dir.mkdir(parents=True, exist_ok=True)
     target = args.dir / "nginx.conf"
-    nginx.write(target, nginx.render(spec, nginx.paths(state), user=nginx.worker_user()))
+    nginx.write(nginx.render_for(spec, state), target)
     say(target)
     return 0
 

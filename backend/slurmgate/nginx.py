@@ -6,9 +6,12 @@ way to quote it, so that no path or name can become a directive.
 
 from __future__ import annotations
 
+import grp
 import ipaddress
 import os
+import pwd
 import re
+import resource
 import shutil
 import subprocess
 import tempfile
@@ -19,12 +22,14 @@ import jinja2
 
 from slurmgate.errors import ConfigError, StateError
 from slurmgate.model import GateSpec
-from slurmgate.share import nginx_template
+from slurmgate.share import lua_dir, nginx_template
+from slurmgate.state import StateDir
 
 _UNQUOTABLE = re.compile(r"[\x00-\x1f\x7f$]")
 _LISTEN = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+|\*):([0-9]{1,5})")
 _USER = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*\$?( [A-Za-z_][A-Za-z0-9_.-]*\$?)?")
 _CONNECTIONS = 16384
+_MOST_FILES = 65536
 _TEST_TIMEOUT_S = 30.0
 
 
@@ -72,6 +77,33 @@ def render(
         open_files=open_files,
         worker_connections=min(_CONNECTIONS, open_files),
     )
+
+
+def paths_of(state: StateDir) -> NginxPaths:
+    """Give the places of the gate's files for one state directory."""
+    return NginxPaths(
+        run_dir=state.run_dir(),
+        state_dir=state.path,
+        lua_dir=lua_dir(),
+        access_log=state.access_log,
+        pid=state.nginx_pid,
+        temp_dir=state.nginx,
+    )
+
+
+def conf_of(state: StateDir) -> Path:
+    """Give the place of the configuration that ``up`` runs nginx with."""
+    return state.nginx / "nginx.conf"
+
+
+def render_for(gate: GateSpec, state: StateDir) -> str:
+    """Render for this machine and user: as root the workers stay root, like everything else."""
+    user = None
+    if os.geteuid() == 0:
+        user = f"{pwd.getpwuid(0).pw_name} {grp.getgrgid(os.getegid()).gr_name}"
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    return render(gate, paths_of(state), user=user, open_files=limit)
 
 
 def write(text: str, conf: Path) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hmac
+import json
 from collections.abc import Callable
 
-from flask import Blueprint, Response, json, request
+from flask import Blueprint, Response, request
 
 from slurmgate.control import Control
 from slurmgate.errors import CannotStart, Unauthorized

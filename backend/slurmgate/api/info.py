@@ -6,9 +6,10 @@ of reason and estimates, but no log lines, node names, job ids or version.
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
-from flask import Blueprint, Response, json, request
+from flask import Blueprint, Response, request
 
 from slurmgate import __version__, snapshot
 from slurmgate.control import Control

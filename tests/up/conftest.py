@@ -1,0 +1,13 @@
+"""One fixture: the product in a directory of the test's own, stopped and looked over at the end."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.up.product import Product, running
+
+
+@pytest.fixture
+def product(tmp_path):
+    with running(Product(tmp_path)) as made:
+        yield made
