@@ -22,7 +22,7 @@ run: setup  ## serve config/services.json on http://127.0.0.1:8080 (Ctrl-C stops
 
 test: setup-dev  ## every test that needs no container engine
 	busted --pattern=_spec --lpath='lua/?.lua' tests/lua
-	$(PYTEST) --cov --cov-report=term-missing tests/unit tests/gate
+	$(PYTEST) --cov --cov-report=term-missing
 
 test-containers: setup-dev  ## tests in containers; needs a Docker engine
 	$(PYTEST) tests/containers
