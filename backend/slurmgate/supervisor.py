@@ -121,11 +121,12 @@ class Supervisor:
     def start(self, spec: ChildSpec) -> Child:
         """Start a program and keep it running from now on; ChildFailed when it cannot start."""
         child = Child(spec)
+        self._children.append(child)
         try:
             self._spawn(child)
         except OSError as error:
+            self._children.remove(child)
             raise ChildFailed(f"cannot start {spec.argv[0]}: {error.strerror}") from error
-        self._children.append(child)
         return child
 
     def wait_ready(self, child: Child) -> bool:

@@ -104,8 +104,6 @@ def _own_state(options: UpOptions) -> StateDir:
 
 
 def _with_listen(config: Config, listen: str | None) -> Config:
-    for warning in config.warnings:
-        _LOG.warning("%s", warning)
     if listen is None:
         return config
     problem = configuration.listen_problem(listen, is_open=config.gate.open)
