@@ -34,6 +34,7 @@ from slurmgate.files import write_atomic, write_new
 
 _LOG = logging.getLogger(__name__)
 
+_MOUNTS = Path("/proc/self/mountinfo")
 _SOCKET_DIR_MAX = 60  # a unix socket path ends at 107 bytes, and ours have names of their own
 _LOWER = string.ascii_lowercase + string.digits
 _NETWORK_TYPES = frozenset(
@@ -251,7 +252,7 @@ def network_filesystem(path: Path) -> str | None:
     """Name the type of the network file system ``path`` is on; None for a local one."""
     target = os.path.realpath(path)
     best, kind = "", ""
-    for line in Path("/proc/self/mountinfo").read_text(errors="replace").splitlines():
+    for line in _MOUNTS.read_text(errors="replace").splitlines():
         fields = line.split()
         mount = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), fields[4])
         inside = target == mount or target.startswith(mount.rstrip("/") + "/")
