@@ -39,14 +39,11 @@ def choose(name: str | None, state: Path) -> User | None:
             user = _account(pwd.getpwnam(name))
         except KeyError as error:
             raise StateError(f"--user {name}: this machine has no such user") from error
-    elif os.geteuid() == 0 and state.exists():
-        found = state.stat()
-        try:
-            user = _account(pwd.getpwuid(found.st_uid))
-        except KeyError:
-            user = User(found.st_uid, found.st_gid, None, None)
     else:
-        return None
+        owner = _owner(state) if os.geteuid() == 0 else None
+        if owner is None:
+            return None
+        user = owner
     if user.uid == os.geteuid():
         return None
     if os.geteuid() != 0:
@@ -56,12 +53,15 @@ def choose(name: str | None, state: Path) -> User | None:
 
 def become(user: User) -> None:
     """Give up root for good."""
-    if user.name is None:
-        os.setgroups([user.gid])
-    else:
-        os.initgroups(user.name, user.gid)
-    os.setgid(user.gid)
-    os.setuid(user.uid)
+    try:
+        if user.name is None:
+            os.setgroups([user.gid])
+        else:
+            os.initgroups(user.name, user.gid)
+        os.setgid(user.gid)
+        os.setuid(user.uid)
+    except OSError as error:
+        raise StateError(f"cannot become {user.name or user.uid}: {error.strerror}") from error
     if user.home is not None:
         os.environ["HOME"] = str(user.home)
     if user.name is not None:
@@ -83,10 +83,30 @@ def become(user: User) -> None:
 
 def give_state(user: User, state: Path) -> None:
     """As root make a state directory the user could not make itself; leave one that exists."""
-    if not state.exists():
+    if state.exists():
+        return
+    above = next(folder for folder in state.parents if folder.exists())
+    if above.stat().st_uid == user.uid:
+        return  # it can, and then the folders on the way are its own too
+    try:
         state.parent.mkdir(parents=True, exist_ok=True)
         state.mkdir(mode=0o700)
-        os.chown(state, user.uid, user.gid)
+        os.chown(state, user.uid, user.gid, follow_symlinks=False)
+    except OSError as error:
+        raise StateError(f"cannot make the state directory {state}: {error.strerror}") from error
+
+
+def _owner(state: Path) -> User | None:
+    try:
+        found = state.stat()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise StateError(f"cannot use the state directory {state}: {error.strerror}") from error
+    try:
+        return _account(pwd.getpwuid(found.st_uid))
+    except KeyError:
+        return User(found.st_uid, found.st_gid, None, None)
 
 
 def _account(entry: pwd.struct_passwd) -> User:

@@ -36,10 +36,10 @@ class Process:
 
 
 def read(pid: int) -> Process | None:
-    """Describe one process; None when there is none with this pid."""
+    """Describe one process; None when there is none with this pid, or none we may see."""
     try:
         stat = (_PROC / str(pid) / "stat").read_bytes()
-    except (FileNotFoundError, ProcessLookupError):
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
         return None
     # The name is in parentheses and may itself hold spaces and parentheses: look from the end.
     head, _, tail = stat.rpartition(b")")
@@ -139,7 +139,7 @@ def monotonic(start: int) -> float:
 def _owner(pid: int) -> int | None:
     try:
         return (_PROC / str(pid)).stat().st_uid
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
         return None
 
 

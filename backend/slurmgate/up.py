@@ -25,7 +25,7 @@ from slurmgate import config as configuration
 from slurmgate import listening, nginx, privileges, procfs
 from slurmgate.errors import ConfigError, StateError
 from slurmgate.files import write_atomic
-from slurmgate.launchers.process import end_process_replicas
+from slurmgate.launchers.process import MARKS, end_process_replicas
 from slurmgate.model import Config, GateSpec
 from slurmgate.sessions import Session
 from slurmgate.state import StateDir, default_path
@@ -61,14 +61,16 @@ def run(options: UpOptions) -> int:
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
     )
     options = dataclasses.replace(options, config=options.config.absolute())
+    for name in MARKS:  # started in a shell of a replica we are still no part of it
+        os.environ.pop(name, None)
     state = _own_state(options)
     with state.lock("up"), Supervisor(lambda running: _remember(state, running)) as supervisor:
         config = _with_listen(configuration.load(options.config), options.listen)
         _end_leftovers(state, supervisor)
         state.lock("backend").release()  # a backend that somebody runs by hand: say so at once
-        _check_address(config.gate)
-        gate = _prepare_gate(config.gate, state)
         try:
+            _check_address(config.gate)
+            gate = _prepare_gate(config.gate, state)
             _serve(supervisor, (_backend(options, state), gate), config.gate)
         finally:
             supervisor.stop()

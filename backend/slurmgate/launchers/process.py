@@ -28,6 +28,9 @@ from slurmgate.state import StateDir
 
 _LOG = logging.getLogger(__name__)
 
+MARKS = ("SLURMGATE_OWNER", "SLURMGATE_REPLICA")
+"""Variables in the environment of all processes of a replica: by them it is found again."""
+
 _KILL_AFTER = 10.0
 _KILL_PATIENCE = 5.0  # how long processes may take to vanish after SIGKILL
 _LOGS_KEPT = 20
@@ -186,7 +189,7 @@ class ProcessLauncher:
         }
 
     def _marks(self, replica: str) -> dict[str, str]:
-        return {"SLURMGATE_OWNER": self._owner, "SLURMGATE_REPLICA": replica}
+        return dict(zip(MARKS, (self._owner, replica), strict=True))
 
     def _complete(self, record: Record) -> None:
         """Write what is known by now; if that fails, marks and pid find the processes as well."""

@@ -44,6 +44,7 @@ class Watcher:
 
     def __init__(self, on_end: Callable[[str, Exit], None]) -> None:
         self._on_end = on_end
+        self._ours = procfs.ancestors(os.getpid())
         self._followed: dict[str, _Followed] = {}
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._selector = selectors.DefaultSelector()
@@ -165,9 +166,13 @@ class Watcher:
         self._on_end(followed.replica, end)
 
     def _others(self, followed: _Followed) -> Iterable[procfs.Process]:
-        """Everybody who belongs to the replica, the leader left out."""
+        """Everybody who belongs to the replica, the leader left out.
+
+        Never this very process: it may have been started in a shell of the replica.
+        """
         found = procfs.session_members(followed.pid) + procfs.find_marked(followed.marks)
-        return {(p.pid, p.start): p for p in found if p.pid != followed.pid}.values()
+        spared = {followed.pid, *self._ours}
+        return {(p.pid, p.start): p for p in found if p.pid not in spared}.values()
 
     def _send(
         self, followed: _Followed, process: procfs.Process, number: int, *, keep: bool = False
