@@ -554,6 +554,32 @@ def test_all_process_replicas_can_be_ended_without_a_backend(machine):
     assert machine.records.read_all() == []
 
 
+def test_a_backend_started_in_a_shell_of_its_replica_outlives_that_replica(machine):
+    body = "exec sleep 1000"
+    launcher = machine.fresh()
+    launcher.launch(machine.script(body), "a1")
+    machine.close(launcher, stop_replicas=False)
+    environ = {**os.environ, "SLURMGATE_OWNER": machine.state.owner, "SLURMGATE_REPLICA": "a1"}
+    script = (
+        "import pathlib, queue, sys; from slurmgate.state import StateDir\n"
+        "from slurmgate.launchers.process import ProcessLauncher\n"
+        "ends = queue.SimpleQueue()\n"
+        "launcher = ProcessLauncher(StateDir.open(pathlib.Path(sys.argv[1])))\n"
+        "launcher.adopt(lambda replica, end: ends.put(replica)); launcher.stop('a1')\n"
+        "print(ends.get(timeout=20))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script, str(machine.state.path)],
+        env=environ,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert result.stdout == "a1\n"
+    assert machine.marked() == []
+
+
 # logs
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import http.client
 import json
 import os
@@ -18,6 +19,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 from slurmgate import procfs
 from tests.waiting import until
@@ -341,6 +346,41 @@ def test_hangup_reloads_the_configuration(instance):
     instance.write_config("echo", "other")
     up.send_signal(signal.SIGHUP)
     until(lambda: instance.get("/other/")[0] == 200)
+
+
+def test_up_says_https_where_it_speaks_tls(instance):
+    certificate, key = make_certificate(instance.folder)
+    document = json.loads(instance.config.read_text())
+    document["gate"]["tls"] = {"certificate": certificate.name, "key": key.name}
+    instance.config.write_text(json.dumps(document))
+    up = instance.up()
+    assert up.stdout is not None
+    assert up.stdout.readline() == f"ready https://127.0.0.1:{instance.port}\n", instance.log
+    assert end(up) == 0
+
+
+def make_certificate(folder: Path) -> tuple[Path, Path]:
+    """A certificate nobody trusts, and its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "gate")])
+    day = datetime.timedelta(days=1)
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), 1)
+        .not_valid_before(now - day)
+        .not_valid_after(now + day)
+        .sign(key, hashes.SHA256())
+    )
+    paths = folder / "gate.pem", folder / "gate.key"
+    paths[0].write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    paths[1].write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    return paths
 
 
 def test_a_stop_while_starting_is_clean(instance):
