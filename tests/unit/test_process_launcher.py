@@ -359,10 +359,11 @@ def test_closing_asks_all_replicas_before_it_kills_any(machine):
     def all_asked(replica, end):
         asked_at_first_end.append(all("asked" in machine.log(f"r{i}") for i in range(8)))
 
-    launcher = machine.launcher(kill_after=1.0)
+    launcher = machine.launcher(kill_after=3.0)
     launcher.adopt(all_asked)
+    body = "trap 'echo asked' TERM; echo ready; while :; do sleep 0.01; done"
     for i in range(8):
-        launcher.launch(machine.script(STUBBORN.replace("''", "'echo asked'")), f"r{i}")
+        launcher.launch(machine.script(body), f"r{i}")
     until(lambda: all("ready" in machine.log(f"r{i}") for i in range(8)))
     machine.close(launcher, stop_replicas=True)
     assert asked_at_first_end == [True] * 8
