@@ -78,8 +78,11 @@ Action = Launch | MarkReady | Close | Reopen | Stop | GiveUp
 
 def decide(service: Service, gate_seen: float, now: float) -> tuple[Action, ...]:
     """Compare what is with what should be; ``gate_seen`` is when the gate last reported."""
-    actions: list[Action] = []
+    actions: list[Action] = [Close(r.id, Drain.SURPLUS) for r in _surplus(service)]
+    closing = {action.replica for action in actions if isinstance(action, Close)}
     for replica in service.replicas:
+        if replica.id in closing:
+            continue
         action = _decide_replica(service, replica, now - gate_seen, now)
         if action is not None:
             actions.append(action)
@@ -87,6 +90,16 @@ def decide(service: Service, gate_seen: float, now: float) -> tuple[Action, ...]
     if not reopening and _may_launch(service, now):
         actions.append(Launch())
     return tuple(actions)
+
+
+def _surplus(service: Service) -> list[Replica]:
+    """Replicas too many, as an adoption may bring them: a drain was forgotten with the backend.
+
+    Kept is one that has the present start parameters, of these the newest.
+    """
+    meant = [r for r in service.replicas if r.phase not in LEAVING and r.drain is None]
+    meant.sort(key=lambda r: (not _changed(service, r), r.created_at), reverse=True)
+    return meant[1:]
 
 
 def _decide_replica(service: Service, replica: Replica, silent: float, now: float) -> Action | None:
@@ -238,7 +251,14 @@ def apply(
                 return replace(service, lease_void_before=now)
             return replace(service, start_lease=True) if _renew(why) else service
         case Reopen():
-            opened = replace(replica, phase=Phase.READY, since=now, drain=None, drain_by=None)
+            opened = replace(
+                replica,
+                phase=Phase.READY,
+                since=now,
+                ready_at=now if replica.ready_at is None else replica.ready_at,
+                drain=None,
+                drain_by=None,
+            )
             return replace(with_replica(service, opened), start_lease=False)
         case Stop(reason=reason):
             return with_replica(

@@ -27,6 +27,7 @@ class Drain(StrEnum):
     REMOVED = "removed"
     ADMIN = "stopped by an operator"
     UNHEALTHY = "unhealthy"
+    SURPLUS = "one more than wanted"
     SILENT = "gate silent"
 
 

@@ -226,6 +226,12 @@ def test_an_adopted_replica_is_ready_with_the_first_report_and_keeps_its_idle_ti
     assert after.starts == {}
 
 
+def test_of_two_adopted_replicas_the_older_one_drains():
+    older = starting(id="r1", created_at=NOW - 60, closed_at=None)
+    newer = starting(id="r2", created_at=NOW - 10, closed_at=None)
+    assert decide(service(older, newer), NOW, NOW) == (Close("r1", Drain.SURPLUS),)
+
+
 def test_the_snapshot_has_a_refusal_only_while_nothing_can_start():
     failed = observed.failed(service(), "start-failed", "exited", ("line",), NOW)
     refusal = snapshot.refusal(failed, NOW)

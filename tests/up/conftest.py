@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.up.product import Product, running
+pytest.register_assert_rewrite("tests.up.product", "tests.waiting")
+
+from tests.up.product import Product, running  # noqa: E402
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import signal
 import socket
@@ -108,16 +109,17 @@ class Product:
             argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=self.folder
         )
         assert self.process.stderr is not None
-        reader = threading.Thread(target=self._collect, args=(self.process.stderr,), daemon=True)
-        reader.start()
+        self._reader = threading.Thread(target=self._collect, args=(self.process.stderr,))
+        self._reader.start()
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert line.strip().endswith(self.url.removeprefix("http")), (line, self.tail())
         return self
 
     def _collect(self, stream: Any) -> None:
-        for line in stream:
-            self.log.append(line.rstrip("\n"))
+        with stream:
+            for line in stream:
+                self.log.append(line.rstrip("\n"))
 
     def tail(self) -> str:
         return "\n".join(self.log[-60:])
@@ -134,6 +136,7 @@ class Product:
             raise
         assert self.process.stdout is not None
         self.process.stdout.close()
+        self._reader.join()
         return code
 
     def run(self, *args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -173,6 +176,13 @@ class Product:
         with httpx.Client(transport=transport) as client:
             return client.get(f"http://backend/info/{name}").json()
 
+    def api_answers(self) -> bool:
+        try:
+            self.info(self.services[0]["name"])
+        except httpx.HTTPError:
+            return False
+        return True
+
     def until_state(self, state: str, name: str = "probe", seconds: float = 20) -> dict[str, Any]:
         def reached() -> dict[str, Any] | None:
             found = self.info(name)
@@ -188,7 +198,8 @@ class Product:
     def noted(self, what: str, name: str = "probe") -> list[dict[str, Any]]:
         """What the probes of a service noted: its starts, requests, or SIGTERMs."""
         path = self.folder / f"notes-{name}"
-        lines = path.read_text().splitlines() if path.exists() else []
+        text = path.read_text() if path.exists() else ""
+        lines = text[: text.rfind("\n") + 1].splitlines()
         return [entry for entry in map(json.loads, lines) if entry["what"] == what]
 
     def nginx_master(self) -> int:
@@ -197,10 +208,19 @@ class Product:
     def nginx_workers(self) -> list[int]:
         return children(self.nginx_master())
 
-    def backend(self) -> int:
+    def backend(self) -> int | None:
+        """Its pid; None between its death and the next start."""
         assert self.process is not None
-        (pid,) = [c for c in children(self.process.pid) if "backend" in command_line(c)]
-        return pid
+        pids = [c for c in children(self.process.pid) if "backend" in command_line(c)]
+        return pids[0] if pids else None
+
+    def kill_backend(self, *, wait: bool = True) -> None:
+        """Kill it with -9, and wait for the next one to answer."""
+        killed = until(self.backend)
+        self.expected.append("control.sock|context: ngx.timer")
+        os.kill(killed, signal.SIGKILL)
+        if wait:
+            until(lambda: self.backend() not in (None, killed) and self.api_answers())
 
     def replicas(self) -> list[int]:
         """Processes of this instance's services."""

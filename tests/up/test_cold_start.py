@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import os
+import signal
 
 import aiohttp
 
+from tests.up.clients import ask_in_background, session
 from tests.waiting import until
 
 
@@ -27,33 +30,31 @@ def test_a_request_to_a_cold_service_waits_and_is_answered(product):
 def test_300_parallel_cold_requests_start_one_process_and_are_all_answered(product):
     product.probe(load=0.5)
     product.up()
-
-    async def ask_all() -> list[tuple[int, int]]:
-        connector = aiohttp.TCPConnector(limit=0)
-        async with aiohttp.ClientSession(connector=connector) as session:
-
-            async def ask(index: int) -> tuple[int, int]:
-                async with session.get(f"{product.url}/probe/n/{index}") as answer:
-                    return answer.status, (await answer.json())["pid"]
-
-            return await asyncio.gather(*map(ask, range(300)))
-
-    answers = asyncio.run(ask_all())
+    urls = [f"{product.url}/probe/n/{i}" for i in range(300)]
+    answers = ask_in_background(urls).result()
     (start,) = product.noted("start")
-    assert answers == [(200, start["pid"])] * 300
-    assert sorted(r["path"] for r in product.noted("request")) == sorted(
-        f"/n/{i}" for i in range(300)
-    )
+    assert [(a.status, a.json["pid"]) for a in answers] == [(200, start["pid"])] * 300
+    paths = sorted(r["path"] for r in product.noted("request"))
+    assert paths == sorted(f"/n/{i}" for i in range(300))
     until(lambda: product.info()["requests"] == 300)
 
 
-def test_an_idle_service_is_stopped_and_a_later_request_starts_it_again(product):
-    product.probe(timeout=0.5)
+def test_the_number_of_requests_is_right_after_notify_calls_were_lost(product):
+    product.probe()
     product.up()
-    first = product.get("/probe/").json()["pid"]
-    product.until_state("cold")
-    assert product.replicas() == []
-    assert product.get("/probe/").json()["pid"] != first
+    product.get("/probe/")
+    backend = product.backend()
+    os.kill(backend, signal.SIGSTOP)
+    try:
+        urls = [f"{product.url}/probe/{i}" for i in range(50)]
+        assert {a.status for a in ask_in_background(urls).result()} == {200}
+    finally:
+        product.kill_backend(wait=False)
+    urls = [f"{product.url}/probe/{i}" for i in range(50)]
+    assert {a.status for a in ask_in_background(urls).result()} == {200}
+    until(lambda: product.backend() not in (None, backend) and product.api_answers())
+    until(lambda: product.info()["requests"] == 101)
+    assert len(product.noted("start")) == 1
 
 
 def test_a_large_upload_through_a_cold_start_arrives_whole(product):
@@ -62,9 +63,60 @@ def test_a_large_upload_through_a_cold_start_arrives_whole(product):
     chunk = os.urandom(1 << 20)
     digest = hashlib.sha256(chunk * 200).hexdigest()
 
-    def body():
-        for _ in range(200):
-            yield chunk
+    async def upload() -> object:
+        async def body():
+            for _ in range(200):
+                yield chunk
 
-    answer = __import__("httpx").post(f"{product.url}/probe/digest", content=body(), timeout=100)
-    assert answer.json() == {"sha256": digest, "length": 200 << 20}
+        async with session() as client:
+            async with client.post(f"{product.url}/probe/digest", data=body()) as answer:
+                return await answer.json()
+
+    assert asyncio.run(upload()) == {"sha256": digest, "length": 200 << 20}
+
+
+def test_a_websocket_through_a_cold_start(product):
+    product.probe(load=0.5)
+    product.up()
+
+    async def talk() -> list[str]:
+        async with session() as client, client.ws_connect(f"{product.url}/probe/ws") as socket:
+            heard = []
+            for word in ("one", "two"):
+                await socket.send_str(word)
+                heard.append((await socket.receive(10)).data)
+            return heard
+
+    assert asyncio.run(talk()) == ["one", "two"]
+    until(lambda: product.info()["in_flight"] == 0)
+
+
+def test_a_streamed_answer_through_a_cold_start_flushes_as_it_comes(product):
+    product.probe(load=0.5)
+    product.up()
+
+    async def listen() -> list[float]:
+        loop = asyncio.get_running_loop()
+        times = []
+        async with session() as client:
+            async with client.get(f"{product.url}/probe/stream?n=5&s=0.3") as answer:
+                async for _line in answer.content:
+                    times.append(loop.time())
+        return times
+
+    times = asyncio.run(listen())
+    assert len(times) == 5
+    assert all(later - earlier > 0.1 for earlier, later in itertools.pairwise(times))
+
+
+def test_answer_headers_of_60_kilobytes_pass(product):
+    product.probe()
+    product.up()
+
+    async def ask() -> int:
+        limits = {"max_line_size": 1 << 17, "max_field_size": 1 << 17}
+        async with aiohttp.ClientSession(**limits) as client:
+            async with client.get(f"{product.url}/probe/headers?bytes=60000") as answer:
+                return len(answer.headers["X-Large"])
+
+    assert asyncio.run(ask()) == 60000
