@@ -361,9 +361,9 @@ def test_closing_asks_all_replicas_before_it_kills_any(machine):
 
     launcher = machine.launcher(kill_after=3.0)
     launcher.adopt(all_asked)
-    body = "trap 'echo asked' TERM; echo ready; while :; do sleep 0.01; done"
+    spec = machine.script("trap 'echo asked' TERM; echo ready; while :; do sleep 0.01; done")
     for i in range(8):
-        launcher.launch(machine.script(body), f"r{i}")
+        launcher.launch(spec, f"r{i}")
     until(lambda: all("ready" in machine.log(f"r{i}") for i in range(8)))
     machine.close(launcher, stop_replicas=True)
     assert asked_at_first_end == [True] * 8
@@ -510,7 +510,9 @@ def test_what_is_left_of_a_replica_whose_script_ended_unseen_is_killed(machine):
     machine.script(f"sleep 1000 & {SLEEPER}")
     pid = killed_backend(machine)
     until(lambda: len(machine.marked()) == 2)
+    start = procfs.start_time(pid) or 0
     os.kill(pid, signal.SIGKILL)
+    until(lambda: not procfs.alive(pid, start))
     assert machine.launcher().adopt(machine.ends) == []
     until(lambda: machine.marked() == [])
 
