@@ -3,87 +3,86 @@
 --
 -- Shared (through the store), each under this worker's tag: uses and waiting requests of a service,
 -- requests on a replica, bytes of held bodies. Running totals of requests have no tag.
--- Per worker: ends of uses and answers not yet flushed, number of counts this worker holds.
-
-local bit = require "bit"
+-- Per worker: ends of uses and answers not yet flushed, number of counts this worker holds, the
+-- replicas its requests are or were on.
+--
+-- nginx variables: sg_service, sg_use (1 while counted as use), sg_on (replica while counted there),
+-- sg_off (replica of a try that failed), sg_waits_for (service, or - before it is known, while
+-- counted as waiting), sg_bytes (reserved for the body), sg_refused (service of a request the gate
+-- itself answered: then sg_service is empty).
 
 local clock = require "gate.clock"
 local registry = require "gate.registry"
-local router = require "gate.router"
 local store = require "gate.store"
 
-local band = bit.band
-local bor = bit.bor
 local pairs = pairs
 local tonumber = tonumber
 
-local USE, REPLICA, WAITING, BYTES = 1, 2, 4, 8
 local FLUSH_S = 0.02
 local ANSWER_TTL = 3600
 
 local ends = {}     -- service → end of its last use
 local flushed = {}  -- service → newest end in the shared dict
 local answers = {}  -- replica → time of its last answer
-local touched = {}  -- replica → count key that may have to be removed
+local touched = {}  -- replica id → its table, until no request is on it and it is gone
 local holding = 0   -- counts held by requests of this worker
 local began = 0     -- requests begun by this worker
 
 local _M = {}
 
-local function flags(var)
-    return tonumber(var.sg_held) or 0
-end
-
 local function key(kind, name)
     return store.tag() .. kind .. name
 end
 
---- Count a request that is a use of its service: the service is not idle until it has ended.
-function _M.begin_use(var, service)
+--- Note which service a request is for, and what it is asked. Requests that neither wake the service
+--- nor keep it (OPTIONS, paths under no_wake) are not counted as a use.
+function _M.arrive(var, target, query)
+    local service = target.service
+    var.sg_service = service.name
+    var.sg_uri = query and target.path .. query or target.path
+    if target.passive or var.request_method == "OPTIONS" then
+        var.sg_passive = "1"
+        return
+    end
     store.count(service.use_key, 1)
-    var.sg_held = USE
+    var.sg_use = "1"
     holding = holding + 1
     began = began + 1
     store.count(service.requests_key, 1)
 end
 
---- Note which service a request is for, and what it is asked. Requests that neither wake the service
---- nor keep it (OPTIONS, paths under no_wake) are not counted as a use.
-function _M.arrive(var, service, ask, path)
-    var.sg_service = service.name
-    var.sg_uri = ask
-    if var.request_method == "OPTIONS" or router.under(service.no_wake, path) then
-        var.sg_passive = "1"
-    else
-        _M.begin_use(var, service)
-    end
-end
-
 --- Count a request on a replica; returns the number this worker now has there. Whoever calls this
 --- compares the version afterwards: only then is a drained replica's zero final.
 function _M.take_replica(var, replica)
+    local id = replica.id
     local n = store.count(replica.count_key, 1)
-    var.sg_held = bor(flags(var), REPLICA)
-    var.sg_replica = replica.id
-    touched[replica.id] = replica.count_key
+    var.sg_on = id
+    touched[id] = replica
     holding = holding + 1
     return n
 end
 
---- Give the replica's count back.
+--- Give the replica's count back; returns its id, nil if the request was on none.
 function _M.drop_replica(var)
-    local held = flags(var)
-    if band(held, REPLICA) ~= 0 then
-        store.count(key(":r:", var.sg_replica), -1)
-        var.sg_held = held - REPLICA
-        holding = holding - 1
+    local id = var.sg_on
+    if not id or id == "" then
+        return nil
     end
+    store.count(touched[id].count_key, -1)
+    holding = holding - 1
+    var.sg_on = ""
+    var.sg_off = id
+    return id
+end
+
+--- The replica a request is on.
+function _M.replica(var)
+    return touched[var.sg_on]
 end
 
 --- Count a request that waits; returns the number waiting for the service in all workers.
 function _M.begin_waiting(var, name)
     store.count(key(":w:", name), 1)
-    var.sg_held = bor(flags(var), WAITING)
     var.sg_waits_for = name
     holding = holding + 1
     return store.sum(store.workers(), ":w:" .. name)
@@ -99,31 +98,23 @@ end
 
 --- It waits no longer: its place and the bytes reserved for its body are free.
 function _M.end_waiting(var)
-    local held = flags(var)
-    if band(held, WAITING) ~= 0 then
-        store.count(key(":w:", var.sg_waits_for), -1)
+    local name, bytes = var.sg_waits_for, tonumber(var.sg_bytes)
+    if name and name ~= "" then
+        store.count(key(":w:", name), -1)
+        var.sg_waits_for = ""
         holding = holding - 1
-        held = held - WAITING
     end
-    if band(held, BYTES) ~= 0 then
-        store.count(key(":b", ""), -tonumber(var.sg_bytes))
-        holding = holding - 1
-        held = held - BYTES
+    if bytes then
+        store.count(key(":b", ""), -bytes)
+        var.sg_bytes = ""
     end
-    var.sg_held = held
 end
 
---- Reserve bytes for the body of a request that will wait; a second call corrects the first.
+--- Reserve bytes for the body of a request that waits; a second call corrects the first.
 --- Returns the bytes reserved in all workers.
 function _M.reserve(var, bytes)
-    local held = flags(var)
-    local before = band(held, BYTES) ~= 0 and tonumber(var.sg_bytes) or 0
-    store.count(key(":b", ""), bytes - before)
+    store.count(key(":b", ""), bytes - (tonumber(var.sg_bytes) or 0))
     var.sg_bytes = bytes
-    if band(held, BYTES) == 0 then
-        var.sg_held = held + BYTES
-        holding = holding + 1
-    end
     return store.sum(store.workers(), ":b")
 end
 
@@ -136,34 +127,36 @@ local function end_use(name, now)
         store.advance_time("end:" .. name, now)
     end
     store.count(key(":u:", name), -1)
+    holding = holding - 1
 end
 
---- Give back all a request still holds; called by the log phase. `answered`: the service answered it.
+--- Give back all a request still holds, and note that its replica answered; the log phase.
+--- Returns the service's name.
 function _M.release(var, answered)
-    local held = flags(var)
-    if held == 0 then
-        return
-    end
-    if held >= WAITING then
+    local name = var.sg_service
+    if name == "" then
+        name = var.sg_refused
         _M.end_waiting(var)
     end
-    local now = clock.now()
-    if band(held, REPLICA) ~= 0 then
-        local id = var.sg_replica
-        local replica = registry.replica(id)
-        if answered and replica then
+    local id = var.sg_on
+    if id ~= "" then
+        local replica = touched[id]
+        if answered then
+            local now = clock.now()
             replica.failures = 0
             replica.answered = now
             answers[id] = now
         end
-        store.count(replica and replica.count_key or key(":r:", id), -1)
+        store.count(replica.count_key, -1)
         holding = holding - 1
+    else
+        -- Without a replica it may have ended while it waited.
+        _M.end_waiting(var)
     end
-    if band(held, USE) ~= 0 then
-        end_use(var.sg_service, now)
-        holding = holding - 1
+    if var.sg_use == "1" then
+        end_use(name, clock.now())
     end
-    var.sg_held = 0
+    return name
 end
 
 --- Write what this worker noted since the last flush where all see it; called by the tick.
@@ -181,8 +174,8 @@ end
 
 --- Remove this worker's zero counts of replicas that are gone; called by the tick now and then.
 function _M.sweep()
-    for id, count_key in pairs(touched) do
-        if not registry.replica(id) and store.drop_zero(count_key) then
+    for id, replica in pairs(touched) do
+        if not registry.replica(id) and store.drop_zero(replica.count_key) then
             touched[id] = nil
         end
     end

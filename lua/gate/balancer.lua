@@ -28,16 +28,21 @@ local turn = 0 -- breaks ties between equally loaded replicas
 
 local _M = {}
 
-local function pick(service)
-    local routable = service.routable
-    if #routable < 2 then
-        return routable[1]
-    end
+local function pick_least(routable)
     turn = turn + 1
     local tags = store.workers()
     return picker.least(routable, function(replica)
         return activity.on_replica(tags, replica)
     end, turn)
+end
+
+-- Apart from the choice among many, whose closure the JIT compiler cannot take
+local function pick(service)
+    local routable = service.routable
+    if #routable < 2 then
+        return routable[1]
+    end
+    return pick_least(routable)
 end
 
 local function roll_period(replica, now)
@@ -103,16 +108,10 @@ function _M.capacity(service)
     return total
 end
 
---- Make an admitted replica the peer of this request's proxy_pass.
-function _M.send_to(var, replica)
-    var.sg_tries = var.sg_tries + 1
-    ngx.ctx.peer = replica
-end
-
---- Nothing could be sent to the replica of this request. A row of such failures takes it out of the
+--- Nothing could be sent to a replica. A row of such failures takes it out of the
 --- choice until a poll that starts later passes.
-function _M.connect_failed(var)
-    local replica = registry.replica(var.sg_replica)
+function _M.connect_failed(id)
+    local replica = registry.replica(id)
     if replica then
         replica.failures = replica.failures + 1
         if replica.failures >= SUSPECT_AFTER then
@@ -124,7 +123,7 @@ end
 
 --- Set the peer; the balancer phase, which cannot yield.
 function _M.set_peer()
-    local peer = ngx.ctx.peer
+    local peer = activity.replica(ngx.var)
     local read_timeout = peer.service.read_timeout
     local ok, err = ngx_balancer.set_current_peer(peer.host, peer.port)
     if ok then

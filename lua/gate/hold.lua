@@ -30,7 +30,7 @@ local PACING_GRACE_S = 1   -- even with a shorter wish, when the service is read
 local LEASE_FACTOR, LEASE_EXTRA_S = 2, 60
 local MAX_TRIES = 9        -- nginx allows ten internal redirects; the way here took one
 local RETRY_MIN_S, RETRY_MAX_S = 0.01, 0.05
-local UNKNOWN = ""         -- room of requests that came before any snapshot
+local UNKNOWN = "-"        -- room of requests that came before any snapshot
 local UNKNOWN_HOLD_S, UNKNOWN_MAX_WAITING = 3600, 10000
 
 -- Problems after which the client is expected back, so that the service stays wanted
@@ -148,7 +148,7 @@ end
 
 --- Take a request out of its room, wherever it ended; the log phase.
 function _M.forget(var)
-    local waiter = waiters[var.sg_ticket]
+    local waiter = next(waiters) and waiters[var.sg_ticket]
     if waiter then
         leave(var, waiter)
     end
@@ -188,7 +188,7 @@ local function turn_away(var, code, detail)
     end
     local facts = problem.service_facts(service, var.sg_private == "1", code)
     facts.detail = detail
-    if LEAVES_LEASE[code] and var.sg_passive == "" then
+    if LEAVES_LEASE[code] and var.sg_passive ~= "1" then
         local retry = problem.retry_after(code, facts.estimate)
         local now = clock.now()
         store.want(service.name, now, now + LEASE_FACTOR * retry + LEASE_EXTRA_S)
@@ -200,7 +200,7 @@ end
 local function refusal_without_waiting(var, service)
     if #service.routable > 0 then
         return nil
-    elseif var.sg_passive ~= "" then
+    elseif var.sg_passive == "1" then
         return "not-running"
     elseif service.refusal then
         return service.refusal.code
@@ -227,7 +227,11 @@ end
 
 local function lost_twice(var)
     local ends = 0
-    for id in var.sg_sent_to:gmatch("%S+") do
+    local sent_to = var.sg_sent_to
+    if sent_to == "" then
+        return false
+    end
+    for id in sent_to:gmatch("%S+") do
         if registry.ended(id) then
             ends = ends + 1
         end
@@ -245,15 +249,16 @@ end
 
 -- The first snapshot may tell what the request is for.
 local function find_out(var, waiter)
-    local kind, service, ask, path = registry.match(var.request_uri)
-    if kind == "no-such-route" and not registry.complete() then
+    local target, query = registry.match(var.request_uri)
+    if target.kind == "no-such-route" and not registry.complete() then
         return nil
-    elseif kind ~= "service" then
-        return nil, kind
+    elseif target.kind ~= "service" then
+        return nil, target.kind
     end
+    local service = target.service
     unlink(waiter)
     link(waiter, service.name)
-    activity.arrive(var, service, ask, path)
+    activity.arrive(var, target, query)
     if activity.wait_for(var, service.name) > service.max_waiting then
         return nil, "too-many-waiting"
     end
@@ -302,11 +307,17 @@ local function look(var, waiter, wish)
     return nil, code or (too_late(var, service, wish) and "hold-timeout" or nil)
 end
 
-local function go_on(var, waiter, replica)
+local function note_waited(var, waiter)
+    local before = tonumber(var.sg_waited) or 0
+    var.sg_waited = format("%.3f", before + clock.now() - waiter.since)
+end
+
+local function go_on(var, waiter)
     local name = waiter.name
     leave(var, waiter)
-    var.sg_waited = format("%.3f", tonumber(var.sg_waited) + clock.now() - waiter.since)
-    balancer.send_to(var, replica)
+    note_waited(var, waiter)
+    var.sg_tries = (tonumber(var.sg_tries) or 0) + 1
+    var.sg_off = ""
     return name
 end
 
@@ -317,13 +328,14 @@ local function wait(var, since)
         registry.refresh()
         local replica, code, unasked = look(var, waiter, wish)
         if replica then
-            local name = go_on(var, waiter, replica)
+            local name = go_on(var, waiter)
             if unasked then
                 _M.advance(name)
             end
             return
         elseif code then
             leave(var, waiter)
+            note_waited(var, waiter)
             return turn_away(var, code)
         end
         local last_look = tonumber(var.sg_since) + (wish or math.huge) - clock.now()
@@ -381,15 +393,14 @@ local function verdict(var, sent, service)
     elseif timed_out then
         return "upstream-timeout"
     elseif (tonumber(last_of(var.upstream_bytes_received)) or 0) > 0
-        or tonumber(var.sg_replays) >= service.replay or tonumber(var.sg_tries) >= MAX_TRIES then
+        or (tonumber(var.sg_replays) or 0) >= service.replay or tonumber(var.sg_tries) >= MAX_TRIES then
         return "upstream-failed"
     end
     return nil
 end
 
-local function note_sent(var)
-    var.sg_replays = tonumber(var.sg_replays) + 1
-    local id = var.sg_replica
+local function note_sent(var, id)
+    var.sg_replays = (tonumber(var.sg_replays) or 0) + 1
     if not (" " .. var.sg_sent_to .. " "):find(" " .. id .. " ", 1, true) then
         var.sg_sent_to = var.sg_sent_to .. " " .. id
     end
@@ -398,18 +409,18 @@ end
 --- Decide about a request whose try failed: hold it again, or give up; the access phase of @again.
 function _M.again(var)
     local since = clock.now()
-    activity.drop_replica(var)
+    local id = activity.drop_replica(var)
     local sent = tonumber(last_of(var.upstream_bytes_sent)) or 0
     local service = registry.find(var.sg_service)
     local code = verdict(var, sent, service)
     if sent == 0 then
-        balancer.connect_failed(var)
+        balancer.connect_failed(id)
     end
     if code then
         return turn_away(var, code)
     end
     if sent > 0 then
-        note_sent(var)
+        note_sent(var, id)
     else
         ngx.sleep(RETRY_MIN_S + random() * (RETRY_MAX_S - RETRY_MIN_S))
     end

@@ -106,7 +106,7 @@ function _M.answer(var, kind)
     if kind == "admin" then
         return admin(var)
     elseif kind == "openai" then
-        return problem.send("no-such-route", { openai = true })
+        return problem.send("no-such-route", {})
     elseif not reading(var) then
         return problem.send("method-not-allowed", { allow = "GET, HEAD" })
     elseif kind == "healthz" then

@@ -30,13 +30,13 @@ function _M.init_worker()
     duties.start()
 end
 
-local function serve(var, service, ask, path)
-    activity.arrive(var, service, ask, path)
-    if not hold.busy(service.name) then
-        local replica = balancer.admit(var, service)
-        if replica then
-            return balancer.send_to(var, replica)
-        end
+local function serve(var, target, query)
+    local service = target.service
+    activity.arrive(var, target, query)
+    if not hold.busy(service.name) and balancer.admit(var, service) then
+        var.sg_tries = "1"
+        var.sg_waited = "0.000"
+        return
     end
     service = registry.find(service.name)
     if not service then
@@ -48,19 +48,20 @@ end
 --- A request came.
 function _M.access()
     local var = ngx.var
-    local kind, service, ask, path, raw = registry.match(var.request_uri)
-    if kind ~= "service" and registry.refresh() then
-        kind, service, ask, path, raw = registry.match(var.request_uri)
+    local uri = var.request_uri
+    local target, query = registry.match(uri)
+    if target.kind ~= "service" and registry.refresh() then
+        target, query = registry.match(uri)
     end
-    var.sg_path = raw
+    local kind = target.kind
     if kind == "service" then
-        return serve(var, service, ask, path)
+        return serve(var, target, query)
     elseif PAGES[kind] then
         return pages.answer(var, kind)
     elseif kind == "no-such-route" and not registry.complete() then
         return hold.enter(var, nil)
     end
-    return problem.send(kind, { service = service and service.name })
+    return problem.send(kind, { service = target.service and target.service.name })
 end
 
 --- A held request begins to wait, its body read.
@@ -86,9 +87,8 @@ function _M.error()
     if code == "bad-request" and path ~= "" and not router.safe(path) then
         code = "bad-path"
     end
-    if var.sg_path == "" then
-        var.sg_path = path
-    end
+    var.sg_path = path
+    activity.drop_replica(var)
     return problem.send(code, {})
 end
 
@@ -101,8 +101,7 @@ end
 function _M.log()
     local var = ngx.var
     hold.forget(var)
-    activity.release(var, var.sg_problem == "" and ngx.status ~= CLIENT_GONE)
-    hold.advance(var.sg_service)
+    hold.advance(activity.release(var, ngx.status ~= CLIENT_GONE))
 end
 
 return _M

@@ -150,10 +150,14 @@ end
 --- Answer the current request with a problem and end it. Does not return.
 function _M.send(code, facts)
     local var = ngx.var
-    facts.openai = facts.openai or (var.sg_path and var.sg_path:find("^/v1/?") and
-        (var.sg_path == "/v1" or var.sg_path:sub(1, 4) == "/v1/"))
+    facts.openai = ((var.request_uri or "") .. "?"):find("^/v1[/?]") ~= nil
     local status, headers, text = _M.render(code, facts)
     var.sg_problem = code
+    -- Empty ones add no header: this answer went through no service.
+    local waited = var.sg_waited
+    var.sg_refused = var.sg_service
+    var.sg_service = ""
+    var.sg_waited = ""
     -- A body left unread would be taken for the next request of this connection.
     ngx.req.discard_body()
     ngx.status = status
@@ -161,6 +165,7 @@ function _M.send(code, facts)
         ngx.header[name] = value
     end
     ngx.print(text)
+    var.sg_waited = waited -- for the access log
     return ngx.exit(ngx.HTTP_OK)
 end
 

@@ -10,10 +10,13 @@ local clock = require "gate.clock"
 local router = require "gate.router"
 local store = require "gate.store"
 
+local find = string.find
 local ipairs = ipairs
 local pairs = pairs
+local sub = string.sub
 
 local REREADS = 5
+local MATCHES_KEPT = 2000
 
 local version          -- of the compiled snapshot, nil before the first
 local suspicions = -1  -- of the compiled lists
@@ -22,6 +25,8 @@ local services = {}
 local by_name = {}
 local by_route = {}
 local replicas = {}
+local matches = {} -- raw path → what router.match said of it
+local matches_kept = 0
 
 local _M = {}
 
@@ -38,7 +43,7 @@ local function compile_replica(entry, known, service, at)
         replica = {
             id = entry.id, gen = entry.gen, running_since = at - (value(entry.age_s) or 0),
             count_key = store.tag() .. ":r:" .. entry.id, sum_key = ":r:" .. entry.id,
-            failures = 0, answered = 0, peak = 0, last_peak = 0, period = 0,
+            service = service, failures = 0, answered = 0, peak = 0, last_peak = 0, period = 0,
         }
     end
     local endpoint = value(entry.endpoint)
@@ -114,6 +119,7 @@ local function compile(new_version, snapshot, at)
         end
     end
     version = new_version
+    matches, matches_kept = {}, 0
     list_routable()
 end
 
@@ -153,9 +159,21 @@ function _M.complete()
     return complete
 end
 
---- Match a raw request URI; see router.match.
+--- Match a raw request URI. Returns what router.match says of its path, and the query with its
+--- question mark, or nil. Clients ask for few paths many times, so answers are kept.
 function _M.match(uri)
-    return router.match(by_route, uri)
+    local mark = find(uri, "?", 1, true)
+    local path = mark and sub(uri, 1, mark - 1) or uri
+    local target = matches[path]
+    if not target then
+        target = router.match(by_route, path)
+        if matches_kept >= MATCHES_KEPT then
+            matches, matches_kept = {}, 0
+        end
+        matches[path] = target
+        matches_kept = matches_kept + 1
+    end
+    return target, mark and sub(uri, mark)
 end
 
 --- All services, retired ones too.

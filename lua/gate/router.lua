@@ -92,26 +92,25 @@ local function own_page(segment)
     return nil
 end
 
---- Match a raw request URI against `routes` (route name → service, whose `api_prefixes` are prepared).
---- Returns kind, service, what the service is asked (path and query), the path to it, the raw path.
---- Kind is "service", an own page's kind, or the code of a problem.
-function _M.match(routes, uri)
-    local mark = find(uri, "?", 1, true)
-    local path = mark and sub(uri, 1, mark - 1) or uri
+--- Match a raw path (without query) against `routes`: route name → service, whose `api_prefixes` and
+--- `no_wake` are prepared. Returns a table: `kind` ("service", an own page's kind, or the code of a
+--- problem), `service`, `path` (what the service is asked), `passive` (asking it wakes nobody).
+function _M.match(routes, path)
     if not _M.safe(path) then
-        return "bad-path", nil, nil, nil, path
+        return { kind = "bad-path" }
     end
     local slash = find(path, "/", 2, true)
     local segment = sub(path, 2, slash and slash - 1 or -1)
     local service = routes[segment]
     if not service then
-        return own_page(segment) or "no-such-route", nil, nil, nil, path
+        return { kind = own_page(segment) or "no-such-route" }
     end
     local rest = slash and sub(path, slash) or "/"
     if not _M.under(service.api_prefixes, rest) then
-        return "path-not-allowed", service, nil, rest, path
+        return { kind = "path-not-allowed", service = service }
     end
-    return "service", service, mark and rest .. sub(uri, mark) or rest, rest, path
+    local passive = _M.under(service.no_wake, rest)
+    return { kind = "service", service = service, path = rest, passive = passive }
 end
 
 return _M

@@ -1,10 +1,39 @@
-"""Requests to cold services, with a fake backend."""
+"""Requests to cold, breaking and vanishing services, with a fake backend."""
 
 from __future__ import annotations
 
+import os
+import signal
+import socket
+import struct
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
-from tests.gate.harness import EchoService, FakeBackend, Gate, replica, service, wait_until
+import pytest
+
+from slurmgate.model import GateSpec
+from tests.gate.harness import (
+    EchoService,
+    FakeBackend,
+    Gate,
+    free_port,
+    replica,
+    service,
+    wait_until,
+)
+
+
+def waiting(backend: FakeBackend) -> int:
+    return int(backend.service_note("LLM").get("waiting", 0))
+
+
+def nothing_held(backend: FakeBackend) -> bool:
+    note = backend.service_note("LLM")
+    return (
+        note.get("waiting") == 0
+        and note.get("in_flight") == 0
+        and all(entry["in_flight"] == 0 for entry in backend.notes[-1]["replicas"].values())
+    )
 
 
 def test_a_request_to_a_cold_service_is_held_and_answered(
@@ -13,23 +42,296 @@ def test_a_request_to_a_cold_service_is_held_and_answered(
     backend.publish(service())
     with ThreadPoolExecutor() as pool:
         held = pool.submit(gate.get, "/llm/v1/x?a=b%20c", "POST", b"hello")
-        wait_until(lambda: backend.service_note("LLM").get("waiting") == 1, "one waits")
+        wait_until(lambda: waiting(backend) == 1, "one waits")
         backend.publish(service(state="ready", replicas=[replica(echo.port)]))
         answer = held.result()
     assert answer.status == 200
     assert answer.json["path"] == "/v1/x?a=b%20c"
     assert answer.json["length"] == 5
     assert answer.headers["X-Slurmgate-Service"] == "LLM"
+    assert answer.headers["X-Slurmgate-Replica"] == "r1"
     assert float(answer.headers["X-Slurmgate-Waited"]) > 0
+    wait_until(lambda: nothing_held(backend), "counts given back")
+    assert backend.service_note("LLM")["requests"] == 1
 
 
-def test_a_request_before_the_first_snapshot_is_held(
+def test_requests_before_the_first_snapshot_are_held_then_routed(
     gate: Gate, backend: FakeBackend, echo: EchoService
 ) -> None:
     with ThreadPoolExecutor() as pool:
         held = pool.submit(gate.get, "/llm/x")
         lost = pool.submit(gate.get, "/nothing/x")
+        assert gate.get("/readyz").code == "not-ready"
         wait_until(lambda: len(backend.notes) > 3, "calls")
         backend.publish(service(state="ready", replicas=[replica(echo.port)]))
         assert held.result().status == 200
         assert lost.result().code == "no-such-route"
+    assert gate.get("/readyz").status == 200
+    wait_until(lambda: nothing_held(backend), "counts given back")
+    assert backend.service_note("LLM")["requests"] == 1
+
+
+def test_many_held_requests_are_all_released(
+    gate: Gate, backend: FakeBackend, echo: EchoService
+) -> None:
+    backend.publish(service())
+    with ThreadPoolExecutor(200) as pool:
+        held = [pool.submit(gate.get, f"/llm/{i}", "POST", b"x" * i * 100) for i in range(200)]
+        wait_until(lambda: waiting(backend) == 200, "all wait")
+        backend.publish(service(state="ready", replicas=[replica(echo.port)]))
+        answers = [one.result() for one in held]
+    assert {answer.status for answer in answers} == {200}
+    assert [answer.json["length"] for answer in answers] == [i * 100 for i in range(200)]
+    wait_until(lambda: nothing_held(backend), "counts given back")
+    assert backend.service_note("LLM")["requests"] == 200
+
+
+def test_health_is_polled_and_told_at_once(
+    gate: Gate, backend: FakeBackend, echo: EchoService
+) -> None:
+    starting = replica(echo.port, phase="starting", routable=False)
+    echo.healthy = False
+    backend.publish(service(state="waking", replicas=[starting]))
+    wait_until(lambda: backend.replica_note("r1").get("detail") == "last poll: status 503", "503")
+    assert backend.replica_note("r1")["health"] != "up"
+    echo.healthy = True
+    wait_until(lambda: backend.replica_note("r1")["health"] == "up", "up")
+
+
+def test_wait_zero_answers_at_once_and_leaves_a_lease(gate: Gate, backend: FakeBackend) -> None:
+    backend.publish(service(retry_after_s=200.0))
+    wait_until(lambda: gate.get("/readyz").status == 200, "ready")
+    answer = gate.get("/llm/x", headers={"Prefer": "respond-async, Wait=0"})
+    assert (answer.status, answer.code) == (503, "hold-timeout")
+    assert answer.headers["Retry-After"] == "60"
+    assert answer.json["retry_after_s"] == 200
+    note = wait_until(lambda: backend.service_note("LLM").get("lease_s"), "lease told")
+    assert 170 < note <= 180
+
+
+@pytest.mark.parametrize("wish", ["wait=1", 'wait="1"'])
+def test_prefer_wait_shortens_the_hold(gate: Gate, backend: FakeBackend, wish: str) -> None:
+    backend.publish(service())
+    answer = gate.raw(
+        b"GET /llm/x HTTP/1.1\r\nHost: a\r\nPrefer: respond-async\r\nPrefer: "
+        + wish.encode() + b"\r\nConnection: close\r\n\r\n"
+    )
+    assert answer.startswith(b"HTTP/1.1 503")
+    assert b"hold-timeout" in answer
+
+
+def test_hold_timeout_ends_the_wait(gate: Gate, backend: FakeBackend) -> None:
+    backend.publish(service(hold_timeout=0.3))
+    assert gate.get("/llm/x").code == "hold-timeout"
+    wait_until(lambda: nothing_held(backend), "counts given back")
+
+
+def test_a_refusal_ends_the_wait_of_all_with_reason_and_log(
+    gate: Gate, backend: FakeBackend
+) -> None:
+    backend.publish(service())
+    refusal = {"code": "start-failed", "reason": "exited with code 3", "log": ["boom"],
+               "retry_after_s": 2.0}
+    with ThreadPoolExecutor() as pool:
+        held = [pool.submit(gate.get, "/llm/x") for _ in range(5)]
+        wait_until(lambda: waiting(backend) == 5, "all wait")
+        backend.publish(service(state="failed", refusal=refusal))
+        answers = [one.result() for one in held]
+    for answer in answers:
+        assert (answer.status, answer.code) == (503, "start-failed")
+        assert answer.json["reason"] == "exited with code 3"
+        assert answer.json["log"] == ["boom"]
+        assert answer.headers["Retry-After"] == "2"
+
+
+def test_a_removed_service_is_404_for_its_waiters(gate: Gate, backend: FakeBackend) -> None:
+    backend.publish(service())
+    with ThreadPoolExecutor() as pool:
+        held = pool.submit(gate.get, "/llm/x")
+        wait_until(lambda: waiting(backend) == 1, "one waits")
+        backend.publish()
+        assert held.result().code == "no-such-route"
+
+
+def test_the_waiting_room_is_bounded(gate: Gate, backend: FakeBackend) -> None:
+    backend.publish(service(max_waiting=2, hold_timeout=3))
+    with ThreadPoolExecutor() as pool:
+        held = [pool.submit(gate.get, "/llm/x") for _ in range(2)]
+        wait_until(lambda: waiting(backend) == 2, "two wait")
+        assert gate.get("/llm/x").code == "too-many-waiting"
+        assert {one.result().code for one in held} == {"hold-timeout"}
+
+
+def test_requests_that_do_not_wake(gate: Gate, backend: FakeBackend) -> None:
+    backend.publish(service(no_wake=["/status"]))
+    wait_until(lambda: gate.get("/readyz").status == 200, "ready")
+    assert gate.get("/llm/status/x").code == "not-running"
+    assert gate.get("/llm/x", "OPTIONS").code == "not-running"
+    assert backend.service_note("LLM") == {}
+
+
+@pytest.mark.parametrize("body", [b"", b"x" * 100_000])
+def test_a_client_that_hangs_up_while_held_leaves_no_count(
+    gate: Gate, backend: FakeBackend, body: bytes
+) -> None:
+    backend.publish(service())
+    with socket.create_connection(("127.0.0.1", gate.port)) as sock:
+        sock.sendall(b"POST /llm/x HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body))
+        sock.sendall(body)
+        wait_until(lambda: waiting(backend) == 1, "one waits")
+    wait_until(lambda: nothing_held(backend), "counts given back")
+
+
+def test_a_client_that_hangs_up_during_its_body_leaves_no_count(
+    gate: Gate, backend: FakeBackend
+) -> None:
+    backend.publish(service())
+    with socket.create_connection(("127.0.0.1", gate.port)) as sock:
+        sock.sendall(b"POST /llm/x HTTP/1.1\r\nHost: a\r\nContent-Length: 100000\r\n\r\nabc")
+        wait_until(lambda: waiting(backend) == 1, "one waits")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    wait_until(lambda: nothing_held(backend), "counts given back")
+
+
+def test_a_request_that_was_not_sent_is_sent_to_the_next_replica(
+    gate: Gate, backend: FakeBackend, echo: EchoService
+) -> None:
+    gate.expected_errors.append("Connection refused")
+    backend.publish(service(state="ready", replay=0, replicas=[replica(free_port(), "dead")]))
+    with ThreadPoolExecutor() as pool:
+        held = pool.submit(gate.get, "/llm/x", "POST", b"abc")
+        wait_until(lambda: waiting(backend) == 1, "held again")
+        backend.publish(service(state="ready", replay=0, replicas=[replica(echo.port, "good")]))
+        answer = held.result()
+    assert (answer.status, answer.json["length"]) == (200, 3)
+    assert answer.headers["X-Slurmgate-Replica"] == "good"
+    wait_until(lambda: nothing_held(backend), "counts given back")
+
+
+@pytest.mark.parametrize(("replay", "sent"), [(0, 1), (1, 2), (3, 4)])
+def test_a_request_that_was_sent_is_replayed_so_often(
+    gate: Gate, backend: FakeBackend, echo: EchoService, replay: int, sent: int
+) -> None:
+    gate.expected_errors.append("prematurely closed")
+    backend.publish(service(state="ready", replay=replay, replicas=[replica(echo.port)]))
+    answer = gate.get("/llm/break")
+    assert (answer.status, answer.code) == (502, "upstream-failed")
+    assert answer.headers["X-Slurmgate-Replica"] is None
+    assert len(echo.seen) == sent
+    wait_until(lambda: nothing_held(backend), "counts given back")
+
+
+def test_a_request_during_which_two_replicas_ended_gets_502(
+    gate: Gate, backend: FakeBackend, echo: EchoService
+) -> None:
+    gate.expected_errors.append("prematurely closed")
+    first = [replica(echo.port, "a")]
+    backend.publish(service(state="ready", replay=8, replicas=first))
+
+    def end_replicas(note: dict) -> None:
+        # Each replica ends as soon as the request was sent to it.
+        if len(echo.seen) == 1:
+            backend.publish(service(state="ready", replay=8, replicas=[replica(echo.port, "b")]))
+        elif len(echo.seen) == 2:
+            backend.publish(service(state="cold", replay=8))
+
+    backend.publish(service(state="ready", replay=8, replicas=first))
+    wait_until(lambda: gate.get("/llm/x").status == 200, "ready")
+    echo.seen.clear()
+    original = echo.answer
+
+    def break_and_end(handler) -> None:
+        original(handler)
+        if handler.path == "/break":
+            end_replicas({})
+            wait_until(
+                lambda: backend.notes[-1]["snapshot"] == backend.version, "snapshot taken"
+            )
+
+    echo.answer = break_and_end  # type: ignore[method-assign]
+    answer = gate.get("/llm/break")
+    assert (answer.status, answer.code) == (502, "upstream-failed")
+    assert len(echo.seen) == 2
+
+
+def test_a_silent_service_is_a_timeout(
+    gate: Gate, backend: FakeBackend, echo: EchoService
+) -> None:
+    gate.expected_errors.append("upstream timed out")
+    backend.publish(service(state="ready", read_timeout=0.2, replicas=[replica(echo.port)]))
+    answer = gate.get("/llm/slow/1")
+    assert (answer.status, answer.code) == (504, "upstream-timeout")
+
+
+def test_a_reload_keeps_held_requests(
+    gate: Gate, backend: FakeBackend, echo: EchoService
+) -> None:
+    backend.publish(service())
+    with ThreadPoolExecutor(40) as pool:
+        held = [pool.submit(gate.get, "/llm/x") for _ in range(40)]
+        wait_until(lambda: waiting(backend) == 40, "all wait")
+        before = set(gate.workers())
+        gate.reload()
+        wait_until(lambda: len(set(gate.workers()) - before) == 2, "new workers")
+        wait_until(lambda: waiting(backend) == 40, "all wait")
+        backend.publish(service(state="ready", replicas=[replica(echo.port)]))
+        assert {one.result().status for one in held} == {200}
+    wait_until(lambda: not before & set(gate.workers()), "old workers gone")
+    assert gate.get("/llm/x").status == 200
+    wait_until(lambda: nothing_held(backend), "counts given back")
+    assert backend.service_note("LLM")["requests"] == 41
+
+
+def test_counts_of_a_killed_worker_vanish(
+    gate: Gate, backend: FakeBackend, echo: EchoService
+) -> None:
+    gate.expected_errors.append("exited on signal 9")
+    backend.publish(service(state="ready", replicas=[replica(echo.port)]))
+    with ThreadPoolExecutor(8) as pool:
+        cut = [pool.submit(gate.get, "/llm/slow/3") for _ in range(8)]
+        wait_until(lambda: backend.service_note("LLM").get("in_flight") == 8, "all in flight")
+        for pid in gate.workers():
+            os.kill(pid, signal.SIGKILL)
+        for one in cut:
+            assert one.exception() is not None
+    wait_until(lambda: nothing_held(backend), "counts removed")
+    assert gate.get("/llm/x").status == 200
+
+
+def test_pacing_and_the_backend_away(
+    gate: Gate, backend: FakeBackend, echo: EchoService, folder: Path
+) -> None:
+    gate.expected_errors.append("control.sock failed")
+    backend.publish(service(state="ready", replicas=[replica(echo.port)]))
+    wait_until(lambda: gate.get("/llm/x").status == 200, "ready")
+    backend.stop()
+    with ThreadPoolExecutor(100) as pool:
+        answers = [pool.submit(gate.get, "/llm/slow/0.2") for _ in range(100)]
+        assert {one.result().status for one in answers} == {200}
+    backend.start()
+    wait_until(lambda: nothing_held(backend), "told again")
+    assert backend.service_note("LLM")["requests"] >= 101
+
+
+@pytest.fixture
+def gate_spec() -> GateSpec:
+    return GateSpec(listen=f"127.0.0.1:{free_port()}", workers=2, max_body=1_000_000,
+                    max_held_bytes=1_500_000)
+
+
+def test_held_bodies_are_bounded(gate: Gate, backend: FakeBackend, echo: EchoService) -> None:
+    backend.publish(service())
+    with ThreadPoolExecutor() as pool:
+        held = pool.submit(gate.get, "/llm/x", "POST", b"x" * 900_000)
+        wait_until(lambda: waiting(backend) == 1, "one waits")
+        refused = gate.get("/llm/x", "POST", b"x" * 900_000)
+        assert refused.code == "too-many-waiting"
+        assert "bytes" in refused.json["detail"]
+        chunked = gate.raw(
+            b"POST /llm/x HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n"
+            b"Connection: close\r\n\r\n3\r\nabc\r\n0\r\n\r\n"
+        )
+        assert b"too-many-waiting" in chunked
+        backend.publish(service(state="ready", replicas=[replica(echo.port)]))
+        assert held.result().json["length"] == 900_000
+    assert gate.get("/llm/x", "POST", b"x" * 1_000_001).code == "body-too-large"
