@@ -239,7 +239,9 @@ class StateDir:
 def default_path(environ: Mapping[str, str]) -> Path:
     """Give the state directory of whoever names none."""
     given = environ.get("SLURMGATE_STATE_DIR")
-    return Path(given) if given else Path("~/.local/state/slurmgate").expanduser()
+    if given:
+        return Path(given)
+    return Path(environ.get("HOME") or os.path.expanduser("~")) / ".local/state/slurmgate"
 
 
 def safe_name(name: str) -> str:

@@ -99,10 +99,18 @@ def _own_state(options: UpOptions) -> StateDir:
     user = privileges.choose(options.user, path)
     if user is not None:
         if options.user is not None and options.state_dir == default_path(os.environ):
-            path = default_path({**os.environ, "HOME": str(user.home)})
+            path = _default_of(user)
         privileges.give_state(user, path)
         privileges.become(user)
     return StateDir.open(path)
+
+
+def _default_of(user: privileges.User) -> Path:
+    """Give the default state directory of the user we are to become, not of root."""
+    if user.home is None or not user.home.is_dir():
+        raise StateError(f"{user.name} has no home directory; give --state-dir")
+    path = default_path({**os.environ, "HOME": str(user.home)})
+    return path
 
 
 def _with_listen(config: Config, listen: str | None) -> Config:

@@ -221,9 +221,8 @@ def test_logs_are_found_without_the_name_of_the_service(tmp_path):
     assert state.find_log("k3f9") == log
 
 
-def test_the_default_directory_can_be_given_by_the_environment(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/somebody")
-    assert default_path({}) == Path("/home/somebody/.local/state/slurmgate")
+def test_the_default_directory_can_be_given_by_the_environment():
+    assert default_path({"HOME": "/home/somebody"}) == Path("/home/somebody/.local/state/slurmgate")
     assert default_path({"SLURMGATE_STATE_DIR": "/srv/sg"}) == Path("/srv/sg")
 
 

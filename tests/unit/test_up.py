@@ -396,6 +396,17 @@ def test_an_unknown_user_is_said(instance):
     assert "--user no-such-user: this machine has no such user" in instance.log
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_root_does_not_take_its_own_default_state_directory_for_another_user(instance):
+    nobody = pwd.getpwnam("nobody")
+    if Path(nobody.pw_dir).is_dir():
+        pytest.skip("nobody has a home directory here")
+    instance.state = instance.folder / ".local/state/slurmgate"
+    env = {"HOME": str(instance.folder), "SLURMGATE_STATE_DIR": ""}
+    assert instance.up("--user", "nobody", env=env).wait(60) == 1
+    assert "nobody has no home directory; give --state-dir" in instance.log
+
+
 @pytest.mark.skipif(os.getuid() == 0, reason="root can become anybody")
 def test_only_root_becomes_another_user(instance):
     assert instance.up("--user", "root").wait(60) == 1
