@@ -1,15 +1,15 @@
--- Counts of requests, in flight, last use. What a request holds is noted in nginx variables, because
--- those survive named locations; what access acquires, log releases, once.
+-- Counts of requests, in flight, last use. What a request holds is noted in nginx variables,
+-- because those survive named locations; what access acquires, log releases, once.
 --
 -- Shared (through the store), each under this worker's tag: uses and waiting requests of a service,
 -- requests on a replica, bytes of held bodies. Running totals of requests have no tag.
 -- Per worker: ends of uses and answers not yet flushed, number of counts this worker holds, the
 -- replicas its requests are or were on.
 --
--- nginx variables: sg_service, sg_use (1 while counted as use), sg_on (replica while counted there),
--- sg_off (replica of a try that failed), sg_waits_for (service, or - before it is known, while
--- counted as waiting), sg_bytes (reserved for the body), sg_refused (service of a request the gate
--- itself answered: then sg_service is empty).
+-- nginx variables: sg_service, sg_use (1 while counted as use), sg_on (replica while counted
+-- there), sg_off (replica of a try that failed), sg_waits_for (service, or - before it is known,
+-- while counted as waiting), sg_bytes (reserved for the body), sg_refused (service of a request the
+-- gate itself answered: then sg_service is empty).
 
 local clock = require "gate.clock"
 local registry = require "gate.registry"
@@ -34,8 +34,8 @@ local function key(kind, name)
     return store.tag() .. kind .. name
 end
 
---- Note which service a request is for, and what it is asked. Requests that neither wake the service
---- nor keep it (OPTIONS, paths under no_wake) are not counted as a use.
+--- Note which service a request is for, and what it is asked. Requests that neither wake the
+--- service nor keep it (OPTIONS, paths under no_wake) are not counted as a use.
 function _M.arrive(var, target, query)
     local service = target.service
     var.sg_service = service.name
@@ -136,7 +136,6 @@ function _M.release(var, answered)
     local name = var.sg_service
     if name == "" then
         name = var.sg_refused
-        _M.end_waiting(var)
     end
     local id = var.sg_on
     if id ~= "" then
@@ -157,6 +156,17 @@ function _M.release(var, answered)
         end_use(name, clock.now())
     end
     return name
+end
+
+--- Give back all at once of a request the gate answers itself: its log phase may be long in coming,
+--- while the rest of its body is thrown away.
+function _M.abandon(var)
+    _M.drop_replica(var)
+    _M.end_waiting(var)
+    if var.sg_use == "1" then
+        end_use(var.sg_service, clock.now())
+        var.sg_use = ""
+    end
 end
 
 --- Write what this worker noted since the last flush where all see it; called by the tick.

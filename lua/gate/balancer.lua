@@ -1,9 +1,9 @@
--- Choose a replica for a request and set it as nginx's peer. Release is paced: load on a replica grows
--- by at most GROWTH requests per WINDOW_S above its highest of the last ten seconds, because a tunnel's
--- listener loses connections that come in a burst.
+-- Choose a replica for a request and set it as nginx's peer. Release is paced: load on a replica
+-- grows by at most GROWTH requests per WINDOW_S above its highest of the last ten seconds, because
+-- a tunnel's listener loses connections that come in a burst.
 --
--- Per worker, in the replica's table: peaks of this worker's load in the current and the last period.
--- Shared: how much of the window's growth all workers have used.
+-- Per worker, in the replica's table: peaks of this worker's load in the current and the last
+-- period. Shared: how much of the window's growth all workers have used.
 
 local ngx_balancer = require "ngx.balancer"
 
@@ -74,8 +74,8 @@ function _M.admit(var, service)
         local replica = pick(service)
         if replica then
             local n = activity.take_replica(var, replica)
-            -- Counted first, version read second: with that order "version n, replica at zero" proves
-            -- to the backend that nobody can still reach the replica.
+            -- Counted first, version read second: with that order "version n, replica at zero"
+            -- proves to the backend that nobody can still reach the replica.
             if store.version() == registry.version() then
                 if within_pace(replica, n) then
                     return replica

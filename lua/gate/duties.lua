@@ -1,6 +1,6 @@
--- What a worker does beside requests: one tick for everything. While anyone waits, or the leader has a
--- starting replica to poll, it comes every 5 ms instead of every 20 ms.
--- Per worker: whether a tick runs, when the rarer duties are due, whether this worker leads.
+-- What a worker does beside requests: one tick for everything. While anyone waits, or the leader
+-- has a starting replica to poll, it comes every 5 ms instead of every 20 ms. Per worker: whether a
+-- tick runs, when the rarer duties are due, whether this worker leads.
 
 local activity = require "gate.activity"
 local clock = require "gate.clock"

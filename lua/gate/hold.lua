@@ -1,6 +1,6 @@
--- The waiting room. Per worker and service a queue; each waiter has its own semaphore. Only the first few
--- that pacing allows are woken, and newcomers do not overtake. A grant reserves nothing: a woken waiter
--- tries to be admitted itself, so one whose client vanished leaks nothing.
+-- The waiting room. Per worker and service a queue; each waiter has its own semaphore. Only the
+-- first few that pacing allows are woken, and newcomers do not overtake. A grant reserves nothing:
+-- a woken waiter tries to be admitted itself, so one whose client vanished leaks nothing.
 --
 -- All state here is per worker: the rooms and the waiters by ticket. The ticket stands in an nginx
 -- variable, because after a client's abort only the log phase runs.
@@ -183,6 +183,7 @@ end
 
 local function turn_away(var, code, detail)
     local service = registry.find(var.sg_service)
+    activity.abandon(var)
     if not service then
         return problem.send(code, { detail = detail })
     end
@@ -218,7 +219,7 @@ local function make_room(var, service)
         length = var.request_method ~= "GET" and settings.max_body or nil
     end
     if length and length > 0 and activity.reserve(var, length) > settings.max_held_bytes then
-        return "too-many-waiting", "The bodies of waiting requests take as many bytes as may be held."
+        return "too-many-waiting", "Bodies of waiting requests take as many bytes as may be held."
     end
     return nil
 end
@@ -277,7 +278,8 @@ local function try(var, waiter, service)
     return replica, replica and not granted
 end
 
--- One look at everything a waiter waits for: a replica, or the code of what ends the wait, or neither.
+-- One look at everything a waiter waits for: a replica, or the code of what ends the wait, or
+-- neither.
 local function look(var, waiter, wish)
     local service, code
     if waiter.name == UNKNOWN then
@@ -343,8 +345,8 @@ local function wait(var, since)
     end
 end
 
---- Send a request that cannot be routed now to the waiting room, or refuse it; the access phase of the
---- public location. `service` is nil while the route is not known. Does not return.
+--- Send a request that cannot be routed now to the waiting room, or refuse it; the access phase of
+--- the public location. `service` is nil while the route is not known. Does not return.
 function _M.enter(var, service)
     local since = clock.now()
     var.sg_since = since
@@ -393,7 +395,8 @@ local function verdict(var, sent, service)
     elseif timed_out then
         return "upstream-timeout"
     elseif (tonumber(last_of(var.upstream_bytes_received)) or 0) > 0
-        or (tonumber(var.sg_replays) or 0) >= service.replay or tonumber(var.sg_tries) >= MAX_TRIES then
+        or (tonumber(var.sg_replays) or 0) >= service.replay
+        or tonumber(var.sg_tries) >= MAX_TRIES then
         return "upstream-failed"
     end
     return nil

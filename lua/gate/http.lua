@@ -1,5 +1,5 @@
--- A small HTTP/1.1 client on cosockets, for the backend's sockets and for health polls. One deadline
--- and one size bound for the whole exchange. No state but nginx's own connection pool.
+-- A small HTTP/1.1 client on cosockets, for the backend's sockets and for health polls. One
+-- deadline and one size bound for the whole exchange. No state but nginx's own connection pool.
 
 local clock = require "gate.clock"
 
@@ -180,10 +180,10 @@ local function exchange(sock, call, deadline)
     return { status = status, headers = headers, body = text }, nil, stays
 end
 
---- Make one call. `call`: endpoint ("host:port" or "unix:/path"), method, path, host, headers, body,
---- timeout (seconds, for everything together), limit (bytes of answer body), keepalive, status_only (a
---- body that is too long or breaks off is no failure).
---- Returns {status, headers, body} or nil, "connect: reason" and the like.
+--- Make one call. `call`: endpoint ("host:port" or "unix:/path"), method, path, host, headers,
+--- body, timeout (seconds, for everything together), limit (bytes of answer body), keepalive,
+--- status_only (a body that is too long or breaks off is no failure). Returns {status, headers,
+--- body} or nil, "connect: reason" and the like.
 function _M.request(call)
     local deadline = clock.now() + call.timeout
     local sock = tcp()

@@ -1,9 +1,10 @@
--- The exchange with the backend: what the gate knows goes up, the snapshot comes down when it is another.
--- Level-triggered: losing a call loses nothing. Calls run in a timer of their own, so a backend that
--- hangs blocks nobody.
+-- The exchange with the backend: what the gate knows goes up, the snapshot comes down when it is
+-- another. Level-triggered: losing a call loses nothing. Calls run in a timer of their own, so a
+-- backend that hangs blocks nobody.
 --
--- Per worker: whether a call is under way or asked for, when the last one began, whether the backend
--- answered it. Shared (through the store): when any worker last had traffic or waiting requests.
+-- Per worker: whether a call is under way or asked for, when the last one began, whether the
+-- backend answered it. Shared (through the store): when any worker last had traffic or waiting
+-- requests.
 
 local cjson = require "cjson.safe"
 

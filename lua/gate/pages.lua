@@ -1,6 +1,6 @@
--- The gate's own pages: whether it lives, and the backend's pages with a copy kept for half a second, so
--- that nobody's curiosity delays the backend.
--- Per worker: fetches under way, which others wait for. Shared (through the store): the copies.
+-- The gate's own pages: whether it lives, and the backend's pages with a copy kept for half a
+-- second, so that nobody's curiosity delays the backend. Per worker: fetches under way, which
+-- others wait for. Shared (through the store): the copies.
 
 local semaphore = require "ngx.semaphore"
 

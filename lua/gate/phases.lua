@@ -82,13 +82,15 @@ end
 --- nginx refused a request by itself.
 function _M.error()
     local var = ngx.var
-    local path = (var.request_uri or ""):match("^[^?]*")
+    -- A request line that could not be parsed is known only as a whole.
+    local path = (var.request or ""):match("^%S+ ([^? ]*)") or ""
     local code = problem.code_of(ngx.status)
     if code == "bad-request" and path ~= "" and not router.safe(path) then
         code = "bad-path"
     end
     var.sg_path = path
-    activity.drop_replica(var)
+    hold.forget(var)
+    activity.abandon(var)
     return problem.send(code, {})
 end
 

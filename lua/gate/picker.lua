@@ -2,8 +2,8 @@
 
 local _M = {}
 
---- The candidate with the fewest requests in flight; equal ones take turns by `turn` (any number that
---- changes). `load(candidate)` gives the number. Returns nil when there is no candidate.
+--- The candidate with the fewest requests in flight; equal ones take turns by `turn` (any number
+--- that changes). `load(candidate)` gives the number. Returns nil when there is no candidate.
 function _M.least(candidates, load, turn)
     local n = #candidates
     local best, best_load

@@ -13,7 +13,7 @@ local TYPE_PREFIX = "https://slurmgate.dev/problems/"
 -- retry: seconds, or "estimate": the service's own estimate, with `default` where there is none
 local CODES = {
     ["bad-path"] = { status = 400, title = "Path not acceptable",
-        detail = "The path has dot segments, an encoded slash or backslash, or a control character." },
+        detail = "The path has dot segments, an encoded slash, or a control character." },
     ["bad-request"] = { status = 400, title = "Bad request",
         detail = "The request is not valid HTTP." },
     ["unauthorized"] = { status = 401, title = "Unauthorized",
@@ -43,7 +43,8 @@ local CODES = {
     ["upstream-failed"] = { status = 502, title = "Service failed",
         detail = "The service broke off while it had this request." },
     ["hold-timeout"] = { status = 503, title = "Service not ready yet", retry = "estimate",
-        default = 10, detail = "The service is starting; this request was held as long as it may be." },
+        default = 10,
+        detail = "The service is not up yet; the request was held as long as it may be." },
     ["start-failed"] = { status = 503, title = "Service failed to start", retry = "estimate",
         default = 5, detail = "The service ended before it was ready." },
     ["cannot-start"] = { status = 503, title = "Service cannot be started", retry = "estimate",
@@ -75,7 +76,8 @@ function _M.code_of(status)
     return BY_STATUS[status] or (status < 500 and "bad-request" or "internal")
 end
 
---- Seconds for the Retry-After of a code: what the client is told (at most 60), and the true estimate.
+--- Seconds for the Retry-After of a code: what the client is told (at most 60), and the true
+--- estimate.
 function _M.retry_after(code, estimate)
     local entry = CODES[code]
     if not entry.retry then

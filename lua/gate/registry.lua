@@ -1,5 +1,5 @@
--- This worker's compiled view of the snapshot: one hash lookup from a route to its service. Refreshed
--- whenever the shared version is another; all of it is per worker.
+-- This worker's compiled view of the snapshot: one hash lookup from a route to its service.
+-- Refreshed whenever the shared version is another; all of it is per worker.
 --
 -- Service and replica tables are made anew with each version, except that a replica of the same
 -- generation keeps its table: load history and failure counts of this worker live in it.
@@ -154,7 +154,8 @@ function _M.version()
     return version
 end
 
---- Whether an unknown route is really unknown: there is a snapshot, and no service is missing in it.
+--- Whether an unknown route is really unknown: there is a snapshot, and no service is missing in
+--- it.
 function _M.complete()
     return complete
 end
@@ -209,7 +210,8 @@ function _M.ended(id)
     return not replica.usable and replica.phase ~= "starting" and replica.phase ~= "ready"
 end
 
---- Services of the stored snapshot as they came, by name: what to keep of one the backend is unsure of.
+--- Services of the stored snapshot as they came, by name: what to keep of one the backend is unsure
+--- of.
 function _M.stored_entries()
     local text = version and store.snapshot(version)
     local snapshot = text and cjson.decode(text)

@@ -92,9 +92,10 @@ local function own_page(segment)
     return nil
 end
 
---- Match a raw path (without query) against `routes`: route name → service, whose `api_prefixes` and
---- `no_wake` are prepared. Returns a table: `kind` ("service", an own page's kind, or the code of a
---- problem), `service`, `path` (what the service is asked), `passive` (asking it wakes nobody).
+--- Match a raw path (without query) against `routes`: route name → service, whose `api_prefixes`
+--- and `no_wake` are prepared. Returns a table: `kind` ("service", an own page's kind, or the code
+--- of a problem), `service`, `path` (what the service is asked), `passive` (asking it wakes
+--- nobody).
 function _M.match(routes, path)
     if not _M.safe(path) then
         return { kind = "bad-path" }

@@ -1,12 +1,12 @@
 -- The only module that touches ngx.shared, so the only place to look for state of all workers.
 --
--- sg_counts  numbers of requests, keyed by worker; a dict of its own, because an evicted count would
---            come back as a negative one
+-- sg_counts  numbers of requests, keyed by worker; a dict of its own, because an evicted count
+--            would come back as a negative one
 -- sg_state   the snapshot and its version, the workers' slots, health, demand, leases
 -- sg_pages   half-second copies of the backend's pages
 --
--- A worker is known by its tag "pid.start time", so a recycled pid is never taken for a dead worker.
--- Per worker: this worker's tag. Everything else is shared.
+-- A worker is known by its tag "pid.start time", so a recycled pid is never taken for a dead
+-- worker. Per worker: this worker's tag. Everything else is shared.
 
 local ffi = require "ffi"
 
@@ -218,8 +218,8 @@ local function lock()
     return nil, "lock: held by another worker"
 end
 
---- Store a snapshot made from `basis` (the version seen before). A late answer never wins: it must be
---- newer than what is stored, and the stored one must still be the basis.
+--- Store a snapshot made from `basis` (the version seen before). A late answer never wins: it must
+--- be newer than what is stored, and the stored one must still be the basis.
 function _M.put_snapshot(basis, version, text, now)
     local ok, err = lock()
     if not ok then
@@ -243,7 +243,7 @@ end
 
 -- Leader -------------------------------------------------------------------------------------
 
---- Take or renew the leader's lease; an exiting worker takes it only when `eager` is false for all.
+--- Take or renew the leader's lease; `may_take` is false for a worker that should only renew.
 function _M.lead(seconds, may_take)
     if state:get("leader") == my_tag then
         state:set("leader", my_tag, seconds)
@@ -285,7 +285,8 @@ function _M.want(service, now, lease_end)
     _M.advance_time("lease:" .. service, lease_end)
 end
 
---- Number of requests of all workers that may grow a replica's load within one window, after one more.
+--- Number of requests of all workers that may grow a replica's load within one window, after one
+--- more.
 function _M.grow(replica, now, window)
     local key = "grow:" .. replica .. ":" .. floor(now / window)
     return state:incr(key, 1, 0, 1) or 0

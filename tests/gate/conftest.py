@@ -44,7 +44,10 @@ def gate_spec() -> GateSpec:
 
 
 @pytest.fixture
-def gate(folder: Path, gate_spec: GateSpec, backend: FakeBackend) -> Iterator[Gate]:
+def gate(
+    folder: Path, gate_spec: GateSpec, backend: FakeBackend, echo: EchoService
+) -> Iterator[Gate]:
+    # The service is asked for so that it outlives the gate, which polls it.
     running = Gate(folder, gate_spec, backend)
     running.start()
     yield running

@@ -1,0 +1,163 @@
+"""Routing, the gate's own pages and what it refuses, with a fake backend."""
+
+from __future__ import annotations
+
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
+
+import pytest
+
+from tests.gate.harness import EchoService, FakeBackend, Gate, replica, service, wait_until
+
+
+@pytest.fixture
+def ready(gate: Gate, backend: FakeBackend, echo: EchoService) -> Gate:
+    """A gate with one ready service."""
+    backend.publish(
+        service(state="ready", replicas=[replica(echo.port)]),
+        service("API", api_paths=["/v1"]),
+    )
+    wait_until(lambda: gate.get("/readyz").status == 200, "ready")
+    return gate
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "code"),
+    [
+        ("/nothing/x", 404, "no-such-route"),
+        ("/api/v2", 404, "path-not-allowed"),
+        ("/llm/../info", 400, "bad-path"),
+        ("/llm/%2e%2e/info", 400, "bad-path"),
+        ("/llm/a%2fb", 400, "bad-path"),
+        ("/llm/%00", 400, "bad-path"),
+        ("/../x", 400, "bad-path"),
+        ("/llm/%zz", 400, "bad-path"),
+    ],
+)
+def test_refused_paths(ready: Gate, path: str, status: int, code: str) -> None:
+    answer = ready.get(path)
+    assert (answer.status, answer.code) == (status, code)
+    assert answer.headers["Content-Type"] == "application/problem+json"
+    assert answer.headers["X-Slurmgate-Service"] is None
+
+
+def test_path_and_query_reach_the_service_byte_for_byte(ready: Gate) -> None:
+    for path in ("/a%20b//c;d?x=%2e%2e/../y&z", "/", "/?q", "/%41%c3%a9"):
+        assert ready.get("/llm" + path).json["path"] == path
+    assert ready.get("/llm").json["path"] == "/"
+    assert ready.get("/llm?a=1").json["path"] == "/?a=1"
+
+
+def test_headers_to_the_service_and_back(ready: Gate) -> None:
+    answer = ready.get("/llm/x", headers={"Host": "me:1", "X-Request-Id": "mine", "X-Own": "1"})
+    sent = answer.json["headers"]
+    assert sent["Host"] == "me:1"
+    assert sent["X-Own"] == "1"
+    assert sent["X-Forwarded-For"] == "127.0.0.1"
+    assert sent["X-Forwarded-Host"] == "me:1"
+    assert sent["X-Request-Id"] == "mine"
+    assert answer.headers["X-Request-Id"] == "mine"
+    assert answer.headers["X-Slurmgate-Waited"] == "0.000"
+    made = ready.get("/llm/x", headers={"X-Request-Id": "x" * 129})
+    assert made.headers["X-Request-Id"] == made.json["headers"]["X-Request-Id"]
+    assert len(made.headers["X-Request-Id"]) < 100
+
+
+def test_answer_headers_of_64_kb_pass(ready: Gate) -> None:
+    assert len(ready.get("/llm/header/65000").headers["X-Long"]) == 65000
+
+
+def test_a_refused_body_is_not_taken_for_the_next_request(ready: Gate) -> None:
+    connection = HTTPConnection("127.0.0.1", ready.port, timeout=10)
+    inner = b"GET /llm/smuggled HTTP/1.1\r\nHost: a\r\n\r\n"
+    for _ in range(3):
+        connection.request("POST", "/nothing", inner)
+        answer = connection.getresponse()
+        assert (answer.status, answer.read()[:1]) == (404, b"{")
+    connection.request("GET", "/llm/x")
+    assert json.loads(connection.getresponse().read())["path"] == "/x"
+    connection.close()
+
+
+def test_problems_under_v1_have_the_openai_shape(ready: Gate) -> None:
+    for path in ("/v1", "/v1/chat/completions"):
+        answer = ready.get(path, "POST", b"{}")
+        assert answer.status == 404
+        assert answer.json["error"]["code"] == "no-such-route"
+
+
+def test_a_head_request_has_no_body(ready: Gate) -> None:
+    answer = ready.get("/nothing", "HEAD")
+    assert (answer.status, answer.body) == (404, b"")
+
+
+def test_pages_come_from_the_backend_and_are_kept_for_a_moment(
+    ready: Gate, backend: FakeBackend
+) -> None:
+    backend.pages["/info"] = (200, '{"a": 1}')
+    with ThreadPoolExecutor(20) as pool:
+        headers = {"X-Slurmgate-Private": "0"}
+        answers = [pool.submit(ready.get, "/info", headers=headers) for _ in range(50)]
+        assert {one.result().body for one in answers} == {b'{"a": 1}'}
+    calls = [call for call in backend.calls if call[1] == "/info"]
+    assert len(calls) <= 10
+    assert {call[2]["X-Slurmgate-Private"] for call in calls} == {"1"}
+
+
+def test_admin_calls_are_passed_on_and_get_changes_nothing(
+    ready: Gate, backend: FakeBackend
+) -> None:
+    backend.pages["/admin/reload"] = (200, "{}")
+    refused = ready.get("/admin/reload")
+    assert (refused.status, refused.code) == (405, "method-not-allowed")
+    assert refused.headers["Allow"] == "POST"
+    assert backend.calls == []
+    token = {"Authorization": "Bearer x", "X-Slurmgate-Private": "0"}
+    assert ready.get("/admin/reload", "POST", b"", token).status == 200
+    method, path, headers = backend.calls[-1]
+    assert (method, path) == ("POST", "/admin/reload")
+    assert headers["Authorization"] == "Bearer x"
+    assert headers["X-Slurmgate-Private"] == "1"
+    assert ready.get("/admin/reload", "POST", b"x" * 70_000).code == "body-too-large"
+
+
+def test_without_a_backend_its_pages_are_away_and_services_go_on(
+    ready: Gate, backend: FakeBackend
+) -> None:
+    ready.expected_errors += ["control.sock failed", "api.sock failed", "control.sock"]
+    ready.expected_errors.append("api.sock")
+    backend.stop()
+    for method, path in (("GET", "/info"), ("POST", "/admin/reload")):
+        answer = ready.get(path, method)
+        assert (answer.status, answer.code) == (503, "backend-away")
+        assert answer.headers["Retry-After"] == "1"
+    assert ready.get("/llm/x").status == 200
+    assert ready.get("/healthz").status == 200
+
+
+def test_requests_nginx_itself_refuses_are_problems(ready: Gate) -> None:
+    assert b"problem+json" in ready.raw(b"GET /x HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n")
+    long = ready.raw(b"GET /" + b"x" * 70_000 + b" HTTP/1.1\r\nHost: a\r\n\r\n")
+    assert long.startswith(b"HTTP/1.1 414")
+    assert b"uri-too-long" in long
+    headers = ready.raw(b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 70_000 + b"\r\n\r\n")
+    assert b"headers-too-large" in headers
+
+
+def test_the_access_log_has_json_lines_without_queries(ready: Gate) -> None:
+    ready.get("/llm/x?secret")
+    ready.get("/nothing?secret")
+    ready.raw(b"GET /llm/../y?secret HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+    ready.raw(b"nonsense\r\n\r\n")
+    log = ready.folder / "access.log"
+    end = time.monotonic() + 10
+    while log.read_text().count("\n") < 4 and time.monotonic() < end:
+        time.sleep(0.05)
+    text = log.read_text()
+    assert "secret" not in text
+    lines = [json.loads(line) for line in text.splitlines()]
+    first = next(line for line in lines if line["path"] == "/llm/x")
+    assert (first["status"], first["service"], first["replica"]) == (200, "LLM", "r1")
+    assert (first["waited"], first["tries"]) == ("0.000", "1")

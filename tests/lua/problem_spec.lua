@@ -1,0 +1,78 @@
+local cjson = require "cjson.safe"
+local problem = require "gate.problem"
+
+local function render(code, facts)
+    local status, headers, text = problem.render(code, facts or {})
+    return status, headers, cjson.decode(text)
+end
+
+describe("a problem", function()
+    it("has type, title, status and detail", function()
+        local status, headers, body = render("no-such-route")
+        assert.are.equal(404, status)
+        assert.are.equal("application/problem+json", headers["Content-Type"])
+        assert.are.equal("no-such-route", body.type:match("[^/]+$"))
+        assert.are.equal(404, body.status)
+        assert.is_string(body.title)
+        assert.is_string(body.detail)
+        assert.is_nil(headers["Retry-After"])
+    end)
+
+    it("says Retry-After of at most 60, and the true estimate in the body", function()
+        local _, headers, body = render("hold-timeout", { estimate = 200.5 })
+        assert.are.equal(60, headers["Retry-After"])
+        assert.are.equal(200.5, body.retry_after_s)
+    end)
+
+    it("says Retry-After of at least 1, in whole seconds", function()
+        assert.are.equal(1, (problem.retry_after("start-failed", 0.2)))
+        assert.are.equal(3, (problem.retry_after("start-failed", 2.1)))
+    end)
+
+    it("has the shape of the OpenAI API where that is spoken", function()
+        local _, headers, body = render("no-such-model", { openai = true })
+        assert.are.equal("application/json", headers["Content-Type"])
+        assert.are.equal("no-such-model", body.error.code)
+        assert.are.equal("invalid_request_error", body.error.type)
+        assert.are.equal(cjson.null, body.error.param)
+        assert.is_string(body.error.message)
+    end)
+
+    it("names the methods that are allowed", function()
+        local _, headers = render("method-not-allowed", { allow = "POST" })
+        assert.are.equal("POST", headers.Allow)
+    end)
+end)
+
+describe("what is said about a service", function()
+    local service = {
+        name = "LLM", state = "failed", reason = "on node gpu07", retry_after_s = 9,
+        refusal = { code = "start-failed", reason = "killed on gpu07", log = { "boom" },
+            retry_after_s = 4 },
+    }
+
+    it("is everything for private networks", function()
+        local facts = problem.service_facts(service, true, "start-failed")
+        local _, headers, body = render("start-failed", facts)
+        assert.are.equal("killed on gpu07", body.reason)
+        assert.are.same({ "boom" }, body.log)
+        assert.are.equal(4, headers["Retry-After"])
+    end)
+
+    it("is state and class of the reason for others", function()
+        local facts = problem.service_facts(service, false, "start-failed")
+        local _, _, body = render("start-failed", facts)
+        assert.are.equal("failed", body.state)
+        assert.are.equal("start-failed", body.reason)
+        assert.is_nil(body.log)
+        assert.is_nil(problem.service_facts(service, false, "hold-timeout").reason)
+    end)
+end)
+
+describe("a status of nginx's own", function()
+    it("has a code", function()
+        assert.are.equal("body-too-large", problem.code_of(413))
+        assert.are.equal("bad-request", problem.code_of(411))
+        assert.are.equal("internal", problem.code_of(500))
+    end)
+end)
