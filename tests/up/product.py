@@ -17,6 +17,9 @@ from typing import Any
 
 import httpx
 
+from slurmgate import client
+from slurmgate.errors import BackendAway
+from slurmgate.state import StateDir
 from tests.waiting import until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,6 +101,8 @@ class Product:
 
     def up(self, *args: str) -> Product:
         self.write_config()
+        if "tls" in self.top.get("gate", {}):
+            self.url = f"https://127.0.0.1:{self.port}"
         argv = self.command(
             "up",
             *("--config", str(self.config)),
@@ -113,7 +118,7 @@ class Product:
         self._reader.start()
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
-        assert line.strip().endswith(self.url.removeprefix("http")), (line, self.tail())
+        assert line == f"ready {self.url}\n", self.tail()
         return self
 
     def _collect(self, stream: Any) -> None:
@@ -172,14 +177,12 @@ class Product:
         return json.loads(self.run("status", "--json").stdout)
 
     def info(self, name: str = "probe") -> dict[str, Any]:
-        transport = httpx.HTTPTransport(uds=str(self.run_dir / "api.sock"))
-        with httpx.Client(transport=transport) as client:
-            return client.get(f"http://backend/info/{name}").json()
+        return client.call(StateDir.find(self.state_dir), "GET", f"/info/{name}")
 
     def api_answers(self) -> bool:
         try:
             self.info(self.services[0]["name"])
-        except httpx.HTTPError:
+        except BackendAway:
             return False
         return True
 

@@ -1,0 +1,113 @@
+"""Starts that cannot work: who waits is told why, soon, and nothing is left behind."""
+
+from __future__ import annotations
+
+import socket
+import time
+
+import pytest
+
+from tests.up.clients import ask_in_background
+from tests.waiting import until
+
+
+def ask(product, name: str, count: int = 3):
+    return ask_in_background([f"{product.url}/{name}/{i}" for i in range(count)]).result()
+
+
+def test_a_service_that_exits_at_once_fails_all_who_wait_with_its_last_words(product):
+    product.service("bad", product.script("bad.sh", "echo no GPU found; exit 3"))
+    product.up()
+    for answer in ask(product, "bad"):
+        assert answer.status == 503
+        assert answer.json["type"].endswith("start-failed")
+        assert "exited with code 3" in answer.json["reason"]
+        assert answer.json["log"] == ["no GPU found"]
+        assert int(answer.headers["Retry-After"]) >= 1
+    assert "code 3" in product.info("bad")["reason"]
+    assert product.info("bad")["log"] == ["no GPU found"]
+    assert any("no GPU found" in line for line in product.log)
+    assert product.replicas() == []
+
+
+def test_the_next_start_waits_out_a_backoff_that_grows(product):
+    product.service("bad", product.script("bad.sh", 'echo try >> "$0.tries"; exit 1'))
+    product.up()
+    tries = product.folder / "bad.sh.tries"
+
+    def count() -> int:
+        return len(tries.read_text().splitlines()) if tries.exists() else 0
+
+    began = time.monotonic()
+    while count() < 4:
+        answer = product.get("/bad/")
+        assert answer.status_code == 503
+        assert answer.json()["type"].endswith("start-failed")
+    assert time.monotonic() - began >= 1 + 2 + 4
+    assert count() == 4
+    product.post("/admin/services/bad/start")
+    until(lambda: count() == 5, 3)
+
+
+def test_a_script_that_does_not_exist(product):
+    product.service("bad", "missing.sh")
+    product.up()
+    answer = ask(product, "bad", 1)[0]
+    assert answer.status == 503
+    assert "missing.sh" in answer.json["reason"]
+
+
+def test_a_service_that_never_becomes_healthy_is_given_up(product):
+    product.probe(load=3600, start_timeout=1)
+    product.up()
+    answer = ask(product, "probe")[0]
+    assert answer.status == 503
+    assert answer.json["type"].endswith("start-failed")
+    assert "start_timeout" in answer.json["reason"]
+    assert "503" in answer.json["reason"]
+    assert any("probe on" in line for line in answer.json["log"])
+    until(lambda: product.replicas() == [])
+
+
+def test_a_port_that_is_taken(product):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        product.probe(remote_port=port)
+        product.up()
+        answer = ask(product, "probe", 1)[0]
+        assert answer.status == 503
+        assert str(port) in answer.json["reason"]
+    time_left = product.info()["retry_after_s"]
+    assert time_left is not None
+    until(lambda: product.get("/probe/").status_code == 200)
+
+
+def test_an_automatic_port_that_is_taken_is_passed_over(product):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        product.probe(port_range=[port, port + 1])
+        product.up()
+        assert product.get("/probe/").status_code == 200
+
+
+@pytest.mark.parametrize("launcher", ["slurm"])
+def test_what_this_version_cannot_start_says_so(product, launcher):
+    product.service("far", "job.sh", launcher=launcher, remote_host="login")
+    product.up()
+    answer = ask(product, "far", 1)[0]
+    assert answer.status == 503
+    assert answer.json["type"].endswith("cannot-start")
+    assert launcher in answer.json["reason"]
+
+
+def test_a_disk_that_is_full_starts_nothing_and_says_why(product):
+    product.probe()
+    product.up()
+    (product.state_dir / "replicas").rmdir()
+    (product.state_dir / "replicas").touch()
+    answer = ask(product, "probe", 1)[0]
+    assert answer.status == 503
+    assert "record" in answer.json["reason"]
+    assert product.noted("start") == []
+    (product.state_dir / "replicas").unlink()
+    (product.state_dir / "replicas").mkdir()
