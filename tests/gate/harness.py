@@ -204,6 +204,14 @@ class EchoService:
             return
         if path.startswith("/slow/"):
             time.sleep(float(path.removeprefix("/slow/")))
+        if handler.headers.get("Upgrade"):
+            handler.send_response_only(101)
+            handler.send_header("Connection", "upgrade")
+            handler.send_header("Upgrade", handler.headers["Upgrade"])
+            handler.end_headers()
+            handler.wfile.write(handler.rfile.readline())
+            handler.close_connection = True
+            return
         if path.startswith("/header/"):
             handler.send_response_only(200)
             handler.send_header("X-Long", "x" * int(path.removeprefix("/header/")))
