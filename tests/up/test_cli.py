@@ -1,0 +1,130 @@
+"""The commands, as people type them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.up.product import ROOT
+from tests.waiting import until
+
+
+def slurmgate(*args: str) -> subprocess.CompletedProcess[str]:
+    argv = [sys.executable, "-m", "slurmgate", *args]
+    return subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_status_is_a_table_for_people_and_json_for_programs(product):
+    product.probe()
+    product.up()
+    product.get("/probe/")
+    table = product.run("status").stdout.splitlines()
+    assert table[0].split()[:3] == ["SERVICE", "ROUTE", "STATE"]
+    assert table[1].split()[:3] == ["probe", "/probe/", "ready"]
+    assert product.status()["services"][0]["state"] == "ready"
+
+
+def test_start_stop_and_logs(product):
+    product.probe()
+    product.up()
+    product.run("start", "probe")
+    product.until_state("ready")
+    assert "probe on" in product.run("logs", "probe", "-n", "5").stdout
+    product.run("stop", "probe")
+    product.until_state("cold")
+    assert product.replicas() == []
+
+
+def test_logs_can_be_followed(product):
+    product.service("loud", product.script("loud.sh", "while :; do echo tick; sleep 0.1; done"))
+    product.up()
+    product.run("start", "loud")
+    until(lambda: product.replicas())
+    argv = product.command("logs", "loud", "-f", "--state-dir", str(product.state_dir))
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as following:
+        assert following.stdout is not None
+        for _ in range(5):
+            assert following.stdout.readline() == "tick\n"
+        following.terminate()
+    product.run("stop", "loud")
+
+
+def test_a_service_that_is_not_there_is_named_with_the_remedy(product):
+    product.probe()
+    product.up()
+    done = product.run("start", "nothing", check=False)
+    assert done.returncode == 1
+    assert "nothing" in done.stderr
+    assert "/info" in done.stderr
+
+
+def test_the_access_log_is_json_without_queries_and_can_be_rotated(product):
+    product.probe()
+    product.up()
+    product.get("/probe/path?secret=1", headers={"X-Request-Id": "id-1"})
+    log = product.state_dir / "access.log"
+    until(lambda: log.exists() and "id-1" in log.read_text())
+    entry = json.loads(log.read_text().splitlines()[-1])
+    assert entry["service"] == "probe"
+    assert entry["status"] == 200
+    assert float(entry["waited"]) > 0
+    assert "secret" not in log.read_text()
+    log.rename(log.with_suffix(".1"))
+    product.run("reopen-logs")
+    product.get("/probe/", headers={"X-Request-Id": "id-2"})
+    until(lambda: log.exists() and "id-2" in log.read_text())
+
+
+def test_a_second_instance_on_one_state_directory_is_refused(product):
+    product.probe()
+    product.up()
+    arguments = ["--config", str(product.config), "--state-dir", str(product.state_dir)]
+    for command in ("up", "backend"):
+        done = slurmgate(command, *arguments)
+        assert done.returncode == 1
+        assert "another slurmgate" in done.stderr
+        assert "--state-dir" in done.stderr
+    assert product.get("/probe/").status_code == 200
+
+
+def test_check_gives_a_line_for_every_problem(tmp_path):
+    broken = tmp_path / "broken.json"
+    broken.write_text('{"Services": [{"name": "a", "tiemout": 1}], "gaet": {}}')
+    done = slurmgate("check", str(broken))
+    assert done.returncode == 1
+    assert "Services[0].tiemout" in done.stdout
+    assert "gaet" in done.stdout
+    assert done.stderr == ""
+
+
+def test_the_files_of_the_project_pass_the_check():
+    for file in ("config/services.json", "config/examples/original.json"):
+        done = slurmgate("check", str(ROOT / file))
+        assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    "command",
+    (
+        "up backend render check status start stop reload logs adopt enable disable reopen-logs"
+    ).split(),
+)
+def test_every_command_has_help_with_an_example(command):
+    done = slurmgate(command, "--help")
+    assert done.returncode == 0
+    assert f"slurmgate {command}" in done.stdout.split("example:")[1]
+
+
+def test_without_a_backend_commands_say_how_to_start_one(tmp_path):
+    done = slurmgate("status", "--state-dir", str(tmp_path / "none"))
+    assert done.returncode == 1
+    assert "state directory" in done.stderr
+
+
+def test_connecting_is_refused_while_there_is_no_slurm_launcher():
+    done = slurmgate("check", "--connect", str(ROOT / "config/examples/original.json"))
+    assert done.returncode == 1
+    assert "cannot connect" in done.stdout
