@@ -7,6 +7,7 @@ from any thread.
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _PROC = Path("/proc")
+_VSIZE, _ENV_END = 20, 48
+_LOOKS = 3
+_LOADING_MAX = 1.0
+_ENVIRON_MAX = 1 << 20
 _TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 
 
@@ -37,16 +42,13 @@ class Process:
 
 def read(pid: int) -> Process | None:
     """Describe one process; None when there is none with this pid, or none we may see."""
-    try:
-        stat = (_PROC / str(pid) / "stat").read_bytes()
-    except (FileNotFoundError, ProcessLookupError, PermissionError):
+    stat = _stat(pid)
+    if stat is None:
         return None
-    # The name is in parentheses and may itself hold spaces and parentheses: look from the end.
-    head, _, tail = stat.rpartition(b")")
-    fields = tail.split()
+    name, fields = stat
     return Process(
         pid=pid,
-        comm=head.partition(b"(")[2].decode(errors="replace"),
+        comm=name.decode(errors="replace"),
         state=fields[0].decode(),
         parent=int(fields[1]),
         group=int(fields[2]),
@@ -85,13 +87,22 @@ def session_members(leader: int) -> list[Process]:
 
 
 def environment(pid: int) -> dict[str, str]:
-    """Give the environment a process was started with; empty when it is gone or somebody else's."""
-    try:
-        raw = (_PROC / str(pid) / "environ").read_bytes()
-    except (FileNotFoundError, ProcessLookupError, PermissionError):
-        return {}
-    pairs = (item.partition(b"=") for item in raw.split(b"\0") if b"=" in item)
-    return {os.fsdecode(name): os.fsdecode(value) for name, _, value in pairs}
+    """Give the environment a process was started with; empty when it is gone or somebody else's.
+
+    While a process loads another program it seems to have none: this waits until it is loaded, and
+    looks again to tell a process without environment from one that is about to have one.
+    """
+    deadline = time.monotonic() + _LOADING_MAX
+    looks = 0
+    raw = _environ(pid)
+    while raw == b"" and looks < _LOOKS and time.monotonic() < deadline:
+        stat = _stat(pid)
+        if stat is None or stat[1][_VSIZE] == b"0":  # gone, or a thread of the kernel
+            break
+        time.sleep(0.001)
+        looks += stat[1][_ENV_END] != b"0"
+        raw = _environ(pid)
+    return _parse_environment(raw or b"")
 
 
 def find_marked(marks: Mapping[str, str]) -> list[Process]:
@@ -134,6 +145,41 @@ def monotonic(start: int) -> float:
     """Convert a start time to seconds of ``time.monotonic``, which may stand still in a suspend."""
     since_start = time.clock_gettime(time.CLOCK_BOOTTIME) - start / _TICKS_PER_SECOND
     return time.monotonic() - since_start
+
+
+def _stat(pid: int) -> tuple[bytes, list[bytes]] | None:
+    """Give name and fields of a process; the first field is its state, number 3 of proc(5)."""
+    try:
+        stat = (_PROC / str(pid) / "stat").read_bytes()
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return None
+    # The name is in parentheses and may itself hold spaces and parentheses: look from the end.
+    head, _, tail = stat.rpartition(b")")
+    return head.partition(b"(")[2], tail.split()
+
+
+def _parse_environment(raw: bytes) -> dict[str, str]:
+    items = [os.fsdecode(item) for item in raw.split(b"\0")]
+    found = dict(item.split("=", 1) for item in items if "=" in item)
+    for name, value in itertools.pairwise(items):
+        if "=" not in name:  # a shell that reads its environment cuts it there for a moment
+            found.setdefault(name, value)
+    return found
+
+
+def _environ(pid: int) -> bytes | None:
+    """Read the environment as it is just now; None when it is not for us."""
+    try:
+        fd = os.open(_PROC / str(pid) / "environ", os.O_RDONLY | os.O_CLOEXEC)
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return None
+    try:
+        # In one piece: between two reads the process may exchange its memory for another.
+        return os.read(fd, _ENVIRON_MAX)
+    except ProcessLookupError:
+        return None
+    finally:
+        os.close(fd)
 
 
 def _owner(pid: int) -> int | None:

@@ -21,6 +21,7 @@ import logging
 import os
 import re
 import secrets
+import shutil
 import socket
 import stat
 import string
@@ -204,6 +205,17 @@ class StateDir:
         fresh = _make_run_dir(self.path)
         write_atomic(recorded, os.fsencode(fresh) + b"\n")
         return fresh
+
+    def remove_run_dir(self) -> None:
+        """Remove the sockets' directory if it is not in here; a later start makes another one.
+
+        Called when nothing listens there any more.
+        """
+        recorded = self.path / "run-directory"
+        path = self.run_dir()
+        if self.path not in path.parents:
+            shutil.rmtree(path, ignore_errors=True)
+            recorded.unlink(missing_ok=True)
 
     def lock(self, name: str) -> Lock:
         """Take the lock ``name``; StateError says who has it when it is taken."""

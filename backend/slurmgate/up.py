@@ -76,6 +76,7 @@ def run(options: UpOptions) -> int:
             supervisor.stop()
             # A backend that was killed could not end them, one that stopped has: nothing is left.
             end_process_replicas(state, kill_after=1.0 if supervisor.hurried else _REPLICA_STOP)
+            state.remove_run_dir()
     return 0
 
 

@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from slurmgate import procfs
+from slurmgate.state import StateDir
 from tests.waiting import until
 
 SERVER = """\
@@ -194,8 +195,12 @@ def test_up_works_below_a_long_path(tmp_path):
     try:
         up = instance.ready()
         assert instance.get("/echo/")[0] == 200
+        assert not (instance.state / "run").exists()
+        sockets = StateDir.find(instance.state).run_dir()
+        assert sockets.is_dir()
         assert end(up) == 0
         assert instance.left() == []
+        assert not sockets.exists()
     finally:
         instance.clean()
 
