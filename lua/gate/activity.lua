@@ -145,6 +145,10 @@ function _M.release(var, answered)
             replica.failures = 0
             replica.answered = now
             answers[id] = now
+            if replica.suspect then
+                replica.suspect = false
+                store.trust(id, replica.gen)
+            end
         end
         store.count(replica.count_key, -1)
         holding = holding - 1

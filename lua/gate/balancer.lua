@@ -108,16 +108,29 @@ function _M.capacity(service)
     return total
 end
 
---- Nothing could be sent to a replica. A row of such failures takes it out of the
---- choice until a poll that starts later passes.
+local function suspect(replica)
+    replica.failures = 0
+    store.suspect(replica.id, replica.gen, clock.now(), SUSPECT_TTL_S)
+end
+
+--- Nothing could be sent to a replica. A row of such failures takes it out of the choice until a
+--- poll that starts later passes.
 function _M.connect_failed(id)
     local replica = registry.replica(id)
     if replica then
         replica.failures = replica.failures + 1
         if replica.failures >= SUSPECT_AFTER then
-            replica.failures = 0
-            store.suspect(replica.id, replica.gen, clock.now(), SUSPECT_TTL_S)
+            suspect(replica)
         end
+    end
+end
+
+--- A replica broke off with a request it had. That is how the death of a process begins, whose
+--- other connections may live a moment longer: nothing goes there until it has answered again.
+function _M.broke_off(id)
+    local replica = registry.replica(id)
+    if replica then
+        suspect(replica)
     end
 end
 

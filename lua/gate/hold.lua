@@ -9,6 +9,7 @@ local semaphore = require "ngx.semaphore"
 
 local activity = require "gate.activity"
 local balancer = require "gate.balancer"
+local client = require "gate.client"
 local clock = require "gate.clock"
 local notifier = require "gate.notifier"
 local problem = require "gate.problem"
@@ -24,6 +25,7 @@ local random = math.random
 local tonumber = tonumber
 local type = type
 
+local CLIENT_GONE = 499
 local LOOK_EVERY_S = 0.25  -- no wait is longer: a waiter depends on nobody waking it
 local LEAST_WAIT_S = 0.001
 local PACING_GRACE_S = 1   -- even with a shorter wish, when the service is ready and only paced
@@ -324,6 +326,9 @@ local function go_on(var, waiter)
 end
 
 local function wait(var, since)
+    if client.gone() then
+        return ngx.exit(CLIENT_GONE)
+    end
     local waiter = join(var, var.sg_service == "" and UNKNOWN or var.sg_service, since)
     local wish = prefer_wait()
     while true do
@@ -418,6 +423,8 @@ function _M.again(var)
     local code = verdict(var, sent, service)
     if sent == 0 then
         balancer.connect_failed(id)
+    elseif code ~= "upstream-timeout" then
+        balancer.broke_off(id)
     end
     if code then
         return turn_away(var, code)

@@ -18,6 +18,7 @@ local store = require "gate.store"
 local timer_at = ngx.timer.at
 local format = string.format
 local ipairs = ipairs
+local max = math.max
 local pairs = pairs
 
 local CALL_TIMEOUT_S = 2
@@ -25,6 +26,7 @@ local ANSWER_LIMIT = 64 * 1024 * 1024
 local WAITING_PACE_S = 0.05
 local TRAFFIC_PACE_S = 0.25
 local REST_PACE_S = 1
+local AWAY_PACE_S = 0.25 -- each failed call is a line in nginx's log
 local RECENT_S = 0.3     -- traffic and waiting noted that long ago are still news
 local SIGNAL_EVERY_S = 0.02
 
@@ -78,6 +80,16 @@ local function keep_unknown(down)
     return nil
 end
 
+-- A replica that just left the choice can end as soon as the backend has the counts that follow.
+local function any_draining()
+    for _, replica in pairs(registry.replicas()) do
+        if replica.phase == "draining" then
+            return true
+        end
+    end
+    return false
+end
+
 local function take(body, basis)
     local down = cjson.decode(body)
     local version = down and down.version
@@ -89,6 +101,7 @@ local function take(body, basis)
     if store.put_snapshot(basis, name, text, clock.now()) then
         registry.refresh()
         on_change()
+        asked_again = asked_again or any_draining()
     end
     return true
 end
@@ -164,6 +177,9 @@ function _M.keep_pace(now)
         pace = WAITING_PACE_S
     elseif now - (store.time("seen:traffic") or 0) < RECENT_S then
         pace = TRAFFIC_PACE_S
+    end
+    if not reachable then
+        pace = max(pace, AWAY_PACE_S)
     end
     if now - last_call >= pace and not calling then
         _M.kick()

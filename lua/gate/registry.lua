@@ -92,7 +92,8 @@ local function list_routable()
     for _, service in ipairs(services) do
         local routable = {}
         for _, replica in ipairs(service.replicas) do
-            if replica.usable and not store.suspected(replica.id, replica.gen) then
+            replica.suspect = store.suspected(replica.id, replica.gen) ~= nil
+            if replica.usable and not replica.suspect then
                 routable[#routable + 1] = replica
             end
         end

@@ -19,7 +19,7 @@ LAYERS = (
     {"registry"},
     {"router", "picker", "problem", "http"},
     {"store", "settings"},
-    {"clock"},
+    {"clock", "client"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 PURE = ("router", "picker")

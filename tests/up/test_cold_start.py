@@ -114,8 +114,7 @@ def test_answer_headers_of_60_kilobytes_pass(product):
     product.up()
 
     async def ask() -> int:
-        limits = {"max_line_size": 1 << 17, "max_field_size": 1 << 17}
-        async with aiohttp.ClientSession(**limits) as client:
+        async with aiohttp.ClientSession(max_line_size=1 << 17, max_field_size=1 << 17) as client:
             async with client.get(f"{product.url}/probe/headers?bytes=60000") as answer:
                 return len(answer.headers["X-Large"])
 

@@ -82,9 +82,21 @@ def test_a_port_that_is_taken(product):
     until(lambda: product.get("/probe/").status_code == 200)
 
 
+def neighbours() -> tuple[socket.socket, socket.socket]:
+    """Two listening sockets on ports next to each other."""
+    while True:
+        first = socket.create_server(("127.0.0.1", 0))
+        try:
+            return first, socket.create_server(("127.0.0.1", first.getsockname()[1] + 1))
+        except OSError:
+            first.close()
+
+
 def test_an_automatic_port_that_is_taken_is_passed_over(product):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
+    taken, free = neighbours()
+    with taken:
         port = taken.getsockname()[1]
+        free.close()
         product.probe(port_range=[port, port + 1])
         product.up()
         assert product.get("/probe/").status_code == 200

@@ -1,0 +1,40 @@
+-- Whether the client of the current request has hung up. nginx tells a waiting request only of an
+-- end of connection that comes after the wait began: the event of an earlier one, say right behind
+-- the last byte of a body, is spent. So whoever begins to wait asks the kernel once. No state.
+--
+-- Reads the first fields of nginx's request and connection, which have had their places since 0.7.
+
+local base = require "resty.core.base"
+local ffi = require "ffi"
+
+local C = ffi.C
+
+local SIGNATURE = 0x50545448 -- "HTTP", at the beginning of every request
+local IPPROTO_TCP, TCP_INFO = 6, 11
+local ESTABLISHED = 1
+
+ffi.cdef [[
+typedef struct { void *data; void *read; void *write; int fd; } sg_connection_t;
+typedef struct { uint32_t signature; sg_connection_t *connection; } sg_request_t;
+int getsockopt(int fd, int level, int name, void *value, uint32_t *length);
+]]
+
+local info = ffi.new("uint8_t[1]")
+local length = ffi.new("uint32_t[1]")
+
+local _M = {}
+
+--- Whether the connection was closed or half closed; false where that cannot be known.
+function _M.gone()
+    local request = ffi.cast("sg_request_t *", base.get_request())
+    if request == nil or request.signature ~= SIGNATURE then
+        return false
+    end
+    length[0] = 1
+    if C.getsockopt(request.connection.fd, IPPROTO_TCP, TCP_INFO, info, length) ~= 0 then
+        return false
+    end
+    return info[0] ~= ESTABLISHED
+end
+
+return _M
