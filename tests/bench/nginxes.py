@@ -1,0 +1,133 @@
+"""The other nginxes of a comparison: a service that costs next to nothing, and a plain proxy."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from slurmgate.nginx import find_nginx
+from tests.up.product import Product, children
+from tests.waiting import until
+
+# A user of nginx who compares would have both: the same kind of log, and kept connections.
+PLAIN = """
+    log_format plain escape=json
+        '{"time":"$time_iso8601","client":"$remote_addr","method":"$request_method",'
+        '"path":"$uri","status":$status,"seconds":$request_time,'
+        '"upstream_seconds":"$upstream_response_time",'
+        '"bytes_in":$request_length,"bytes_out":$bytes_sent}';
+    access_log "%(folder)s/plain-access.log" plain buffer=64k flush=1s;
+    keepalive_requests 10000;
+    upstream service {
+        server 127.0.0.1:%(service_port)d;
+        keepalive 256;
+        keepalive_requests 100000;
+    }
+    server {
+        listen 127.0.0.1:%(port)s backlog=8192;
+        location / {
+            proxy_http_version 1.1;
+            proxy_set_header Host $http_host;
+            proxy_set_header Connection "";
+            proxy_set_header X-Forwarded-For $remote_addr;
+            proxy_pass http://service;
+        }
+    }
+"""
+
+SERVICE = """
+    access_log off;
+    keepalive_requests 10000000;
+    server {
+        listen 127.0.0.1:%(port)s backlog=8192;
+        default_type application/json;
+        location = /health {
+            if (!-f "%(folder)s/healthy") { return 503; }
+            return 200;
+        }
+        location / { return 200 '{"answer": "A small answer, of the size a quick call has."}\\n'; }
+    }
+"""
+
+FRAME = """
+daemon off;
+worker_processes 1;
+worker_rlimit_nofile 20000;
+%(user)s
+pid "%(folder)s/%(name)s.pid";
+error_log stderr warn;
+events { worker_connections 8192; }
+http {
+    client_body_temp_path "%(folder)s/temp-%(name)s";
+    proxy_temp_path "%(folder)s/temp-%(name)s";
+    fastcgi_temp_path "%(folder)s/temp-%(name)s";
+    uwsgi_temp_path "%(folder)s/temp-%(name)s";
+    scgi_temp_path "%(folder)s/temp-%(name)s";
+    %(body)s
+}
+"""
+
+
+def _configuration(folder: Path, name: str, body: str, **values: object) -> str:
+    text = body % {"folder": folder, **values}
+    user = "user root;" if os.geteuid() == 0 else ""
+    return FRAME % {"folder": folder, "name": name, "user": user, "body": text}
+
+
+def fast_service(product: Product, name: str, **fields: object) -> None:
+    """Configure a service that is an nginx; it is healthy once ``say_healthy`` was called.
+
+    Each start adds a line to the file ``starts`` beside it.
+    """
+    folder = product.folder
+    pattern = folder / "service.conf.in"
+    pattern.write_text(_configuration(folder, "service-@PORT@", SERVICE, port="@PORT@"))
+    made = f"{folder}/service-$1.conf"
+    script = product.script(
+        "fast.sh",
+        f'echo started >>"{folder}/starts"\n'
+        f'sed "s/@PORT@/$1/g" "{pattern}" >"{made}"\n'
+        f'exec "{find_nginx()}" -e stderr -c "{made}"',
+    )
+    product.service(name, script, **fields)
+
+
+def say_healthy(product: Product) -> None:
+    (product.folder / "healthy").touch()
+
+
+def starts(product: Product) -> int:
+    return len((product.folder / "starts").read_text().splitlines())
+
+
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """A running plain proxy."""
+
+    port: int
+    workers: list[int]
+
+
+@contextlib.contextmanager
+def plain_proxy(folder: Path, port: int, service_port: int) -> Iterator[Plain]:
+    """Run nginx with nothing but ``proxy_pass``, kept connections and an access log."""
+    conf = folder / "plain.conf"
+    conf.write_text(_configuration(folder, "plain", PLAIN, port=port, service_port=service_port))
+    process = subprocess.Popen([find_nginx(), "-e", "stderr", "-c", str(conf)])
+    try:
+        until(lambda: _listens(port))
+        yield Plain(port, until(lambda: children(process.pid)))
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def _listens(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        return True
+    return False
