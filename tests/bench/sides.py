@@ -31,6 +31,7 @@ CALM = 0.15
 # How many times as long as the rounds need, to get that many calm ones.
 PATIENCE = 2.0
 LOOK_S = 0.2
+WAIT_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +105,7 @@ def rounds(
     deadline = time.monotonic() + patience * wanted * len(order) * ROUND_S
     calm: list[int] = []
     for index in itertools.count():
-        _until_calm(deadline)
+        _until_calm(WAIT_S)
         for side in order:
             side.load(connections, cores)
         if all(side.samples[index].others <= CALM for side in order):
@@ -119,7 +120,8 @@ def rounds(
     return Rounds({name: [s[i] for i in calm] for name, s in made.items()}, made)
 
 
-def _until_calm(deadline: float) -> None:
+def _until_calm(seconds: float) -> None:
+    deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         before = machine_busy_seconds()
         time.sleep(LOOK_S)
