@@ -356,6 +356,10 @@ function _M.enter(var, service)
     local since = clock.now()
     var.sg_since = since
     local code = service and refusal_without_waiting(var, service)
+    if code and notifier.confirm() then
+        service = registry.find(service.name)
+        code = service and refusal_without_waiting(var, service) or not service and "no-such-route"
+    end
     if code then
         return turn_away(var, code)
     end

@@ -15,6 +15,7 @@ local registry = require "gate.registry"
 local settings = require "gate.settings"
 local store = require "gate.store"
 
+local sleep = ngx.sleep
 local timer_at = ngx.timer.at
 local format = string.format
 local ipairs = ipairs
@@ -29,6 +30,10 @@ local REST_PACE_S = 1
 local AWAY_PACE_S = 0.25 -- each failed call is a line in nginx's log
 local RECENT_S = 0.3     -- traffic and waiting noted that long ago are still news
 local SIGNAL_EVERY_S = 0.02
+
+local FRESH_S = 0.05
+local CONFIRM_LOOK_S = 0.002
+local CONFIRM_WITHIN_S = 0.5
 
 local calling = false
 local asked_again = false
@@ -138,6 +143,9 @@ local function call_until_quiet()
             ngx.log(ngx.WARN, "notify: ", err, "; trying on")
         end
         reachable = ok
+        if ok then
+            store.advance_time("confirmed", last_call)
+        end
     until not (asked_again and reachable)
     calling = false
 end
@@ -154,6 +162,22 @@ function _M.kick()
         calling = false
         ngx.log(ngx.WARN, "notify timer: ", err)
     end
+end
+
+--- Have the backend confirm this view, unless it did so a moment ago. A refusal that rests on an
+--- older view may be out of date: an operator has just added the service, or switched it on. Waits
+--- half a second at most, and not at all while the backend is away. Returns whether the view changed.
+function _M.confirm()
+    local began, before = clock.now(), registry.version()
+    while reachable and (store.time("confirmed") or 0) < began - FRESH_S do
+        if clock.now() - began > CONFIRM_WITHIN_S then
+            break
+        end
+        _M.kick()
+        sleep(CONFIRM_LOOK_S)
+    end
+    registry.refresh()
+    return registry.version() ~= before
 end
 
 --- Tell the leader what sets the pace of its calls; every worker's tick.

@@ -4,6 +4,7 @@ local activity = require "gate.activity"
 local balancer = require "gate.balancer"
 local duties = require "gate.duties"
 local hold = require "gate.hold"
+local notifier = require "gate.notifier"
 local pages = require "gate.pages"
 local problem = require "gate.problem"
 local registry = require "gate.registry"
@@ -15,6 +16,9 @@ local CLIENT_GONE = 499
 local PAGES = {
     page = true, metrics = true, healthz = true, readyz = true, openai = true, admin = true,
 }
+
+-- What a newer snapshot may answer otherwise
+local OUTDATED = { ["no-such-route"] = true, ["path-not-allowed"] = true }
 
 local _M = {}
 
@@ -50,7 +54,7 @@ function _M.access()
     local var = ngx.var
     local uri = var.request_uri
     local target, query = registry.match(uri)
-    if target.kind ~= "service" and registry.refresh() then
+    if OUTDATED[target.kind] and notifier.confirm() then
         target, query = registry.match(uri)
     end
     local kind = target.kind

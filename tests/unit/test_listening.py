@@ -44,7 +44,9 @@ def test_an_address_of_another_machine_is_named(host):
     assert problem.startswith(f"{host} is no address of this machine")
 
 
-@pytest.mark.skipif(os.getuid() == 0, reason="root may take every port")
-def test_a_port_for_root_is_explained():
-    problem = listening.problem("127.0.0.1", 81)
-    assert problem is None or "needs more rights" in problem
+def test_a_port_for_root_is_explained(as_ordinary_user):
+    def look() -> None:
+        problem = listening.problem("127.0.0.1", 81)
+        assert problem is None or "needs more rights" in problem
+
+    as_ordinary_user(look)

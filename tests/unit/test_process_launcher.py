@@ -6,11 +6,13 @@ import os
 import queue
 import random
 import re
+import shutil
 import signal
 import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 from contextlib import ExitStack, suppress
 from dataclasses import replace
@@ -20,10 +22,12 @@ import pytest
 
 from slurmgate import procfs
 from slurmgate.errors import StartRefused
+from slurmgate.launchers import spawn
 from slurmgate.launchers.process import ProcessLauncher, end_process_replicas
 from slurmgate.model import Exit, LauncherKind, ReplicaBounds, ServiceSpec
 from slurmgate.records import Record, Records
 from slurmgate.state import StateDir
+from tests.unit import builders
 from tests.waiting import until
 
 SLEEPER = "exec sleep 1000"
@@ -180,12 +184,20 @@ def test_a_script_that_cannot_run_is_refused_with_the_reason(machine, prepare, r
     assert machine.ends.next() == ("a1", Exit(code=0))
 
 
-@pytest.mark.skipif(os.getuid() == 0, reason="root may read everything")
-def test_a_script_nobody_lets_us_read_is_refused(machine):
-    spec = machine.script("exit 0")
-    (machine.folder / "run.sh").chmod(0)
-    with pytest.raises(StartRefused, match="Permission denied"):
-        machine.fresh().launch(spec, "a1")
+def test_a_script_nobody_lets_us_read_is_refused(as_ordinary_user):
+    folder = Path(tempfile.mkdtemp(prefix="sgt-", dir="/tmp"))
+    folder.chmod(0o755)
+    (folder / "run.sh").touch()
+    (folder / "run.sh").chmod(0)
+
+    def launch() -> None:
+        with pytest.raises(StartRefused, match="Permission denied"):
+            spawn.command(builders.spec(folder=folder, bash_file="run.sh"))
+
+    try:
+        as_ordinary_user(launch)
+    finally:
+        shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize("env", [(("A=B", "c"),), (("A", "b\0c"),)])

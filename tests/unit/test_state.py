@@ -56,10 +56,12 @@ def test_a_directory_others_use_is_refused_and_left_alone(tmp_path):
     assert mode(tmp_path) == 0o755
 
 
-@pytest.mark.skipif(os.getuid() == 0, reason="root owns /")
-def test_a_directory_of_another_user_is_refused():
-    with pytest.raises(StateError, match="belongs to uid 0"):
-        StateDir.open(Path("/usr"))
+def test_a_directory_of_another_user_is_refused(as_ordinary_user):
+    def claim() -> None:
+        with pytest.raises(StateError, match="belongs to uid 0"):
+            StateDir.open(Path("/usr"))
+
+    as_ordinary_user(claim)
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a directory away")
