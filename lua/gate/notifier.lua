@@ -166,7 +166,8 @@ end
 
 --- Have the backend confirm this view, unless it did so a moment ago. A refusal that rests on an
 --- older view may be out of date: an operator has just added the service, or switched it on. Waits
---- half a second at most, and not at all while the backend is away. Returns whether the view changed.
+--- half a second at most, and not at all while the backend is away. Returns whether the view is
+--- another now.
 function _M.confirm()
     local began, before = clock.now(), registry.version()
     while reachable and (store.time("confirmed") or 0) < began - FRESH_S do

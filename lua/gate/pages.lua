@@ -112,6 +112,8 @@ function _M.answer(var, kind)
     elseif kind == "healthz" then
         return answer(200, "application/json", '{"status":"ok"}\n')
     elseif kind == "readyz" then
+        -- Another worker may have taken the first snapshot a moment ago.
+        registry.refresh()
         if not registry.version() then
             return problem.send("not-ready", {})
         end
