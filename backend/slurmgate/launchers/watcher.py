@@ -18,11 +18,14 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 from slurmgate import procfs
 from slurmgate.model import Exit
 
-_LOG = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
+
+_TRY_AGAIN = 1.0  # after an error, such as too many open files, in what is done for one replica
 
 
 @dataclass(slots=True)
@@ -35,6 +38,7 @@ class _Followed:
     marks: Mapping[str, str]
     leader_ended: bool = False
     kill_at: float | None = None
+    sweep_at: float | None = None
     members: set[int] = field(default_factory=set)
     terminated: set[tuple[int, int]] = field(default_factory=set)
 
@@ -46,7 +50,7 @@ class Watcher:
         self._on_end = on_end
         self._ours = procfs.ancestors(os.getpid())
         self._followed: dict[str, _Followed] = {}
-        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[tuple[str, Callable[[], None]]] = queue.SimpleQueue()
         self._selector = selectors.DefaultSelector()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._selector.register(self._wake, selectors.EVENT_READ, None)
@@ -58,19 +62,19 @@ class Watcher:
     def follow(self, replica: str, pid: int, pidfd: int, marks: Mapping[str, str]) -> None:
         """Follow a replica by the pidfd of its leader, which is the watcher's from now on."""
         followed = _Followed(replica, pid, pidfd, marks)
-        self._call(lambda: self._add(followed))
+        self._call(replica, lambda: self._add(followed))
 
     def stop(self, replica: str, kill_after: float) -> None:
         """Ask a replica's processes to end; what is left after ``kill_after`` is killed."""
-        self._call(lambda: self._terminate(replica, kill_after))
+        self._call(replica, lambda: self._terminate(replica, kill_after))
 
     def close(self) -> None:
         """Stop following; what still runs is left running."""
-        self._call(self._shut)
+        self._call("", self._shut)
         self._thread.join()
 
-    def _call(self, call: Callable[[], None]) -> None:
-        self._calls.put(call)
+    def _call(self, replica: str, call: Callable[[], None]) -> None:
+        self._calls.put((replica, call))
         with self._wake_lock:  # a closed number may be another file by now
             if not self._closed:
                 os.eventfd_write(self._wake, 1)
@@ -82,19 +86,40 @@ class Watcher:
                     os.eventfd_read(self._wake)
                     self._do_calls()
                 else:
-                    self._process_ended(key.data, key.fd)
+                    self._guard(key.data, partial(self._process_ended, key.data, key.fd))
             now = time.monotonic()
             for followed in list(self._followed.values()):
                 if followed.kill_at is not None and followed.kill_at <= now:
-                    self._kill(followed)
+                    self._guard(followed.replica, partial(self._kill, followed))
+                if followed.sweep_at is not None and followed.sweep_at <= now:
+                    self._guard(followed.replica, partial(self._sweep, followed))
 
     def _do_calls(self) -> None:
         with contextlib.suppress(queue.Empty):
             while True:
-                self._calls.get_nowait()()
+                self._guard(*self._calls.get_nowait())
+
+    def _guard(self, replica: str, work: Callable[[], None]) -> None:
+        """Do something for one replica; if that fails the others are followed all the same.
+
+        What was due for this one is tried again, so that its end is reported in the end.
+        """
+        try:
+            work()
+        except Exception:
+            log.exception("replica %s: following it failed", replica)
+            followed = self._followed.get(replica)
+            if followed is None:
+                return
+            again = time.monotonic() + _TRY_AGAIN
+            if followed.leader_ended and not followed.members:
+                followed.sweep_at = again
+            if followed.kill_at is not None:
+                followed.kill_at = max(followed.kill_at, again)
 
     def _time_left(self) -> float | None:
-        deadlines = [f.kill_at for f in self._followed.values() if f.kill_at is not None]
+        times = [at for f in self._followed.values() for at in (f.kill_at, f.sweep_at)]
+        deadlines = [at for at in times if at is not None]
         return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
 
     def _add(self, followed: _Followed) -> None:
@@ -117,18 +142,18 @@ class Watcher:
             return
         followed.kill_at = time.monotonic() + kill_after
         if not followed.leader_ended:
-            signal.pidfd_send_signal(followed.pidfd, signal.SIGTERM)
+            _send_to_leader(followed, signal.SIGTERM)
             for process in self._others(followed):
                 self._send(followed, process, signal.SIGTERM)
 
     def _kill(self, followed: _Followed) -> None:
         """The time to end by itself is over."""
-        followed.kill_at = None
-        _LOG.warning("replica %s did not end when asked to, killing it", followed.replica)
+        log.warning("replica %s did not end when asked to, killing it", followed.replica)
         if not followed.leader_ended:
-            signal.pidfd_send_signal(followed.pidfd, signal.SIGKILL)
+            _send_to_leader(followed, signal.SIGKILL)
         for process in self._others(followed):
             self._send(followed, process, signal.SIGKILL)
+        followed.kill_at = None
 
     def _process_ended(self, replica: str, fd: int) -> None:
         followed = self._followed.get(replica)
@@ -149,6 +174,7 @@ class Watcher:
         A child that is the leader stays a zombie until ``_finish``, so that nobody else can get
         its pid, and with it the name of the session, as long as we look for members.
         """
+        followed.sweep_at = None
         stopping = followed.kill_at is not None
         number = signal.SIGTERM if stopping else signal.SIGKILL
         for process in self._others(followed):
@@ -189,7 +215,7 @@ class Watcher:
         except ProcessLookupError:
             keep = False
         except PermissionError:
-            _LOG.warning(
+            log.warning(
                 "replica %s leaves process %d (%s) behind: it runs as another user",
                 followed.replica, process.pid, process.comm,
             )  # fmt: skip
@@ -198,6 +224,12 @@ class Watcher:
             return fd
         os.close(fd)
         return None
+
+
+def _send_to_leader(followed: _Followed, number: signal.Signals) -> None:
+    # An adopted leader is reaped by its own parent, maybe before its end was seen here.
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(followed.pidfd, number)
 
 
 def _reap(pidfd: int) -> Exit:
