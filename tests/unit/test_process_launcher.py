@@ -633,3 +633,30 @@ def test_only_the_newest_logs_of_a_service_are_kept(machine):
     names = {path.stem for path in folder.iterdir()}
     assert names == {"live", "new"} | {f"old{i}" for i in range(11, 30)}
     assert re.fullmatch(r"\d+", running.job_id)
+
+
+# errors of the machine
+
+
+@pytest.mark.parametrize("call", ["os.pidfd_open", "slurmgate.procfs.start_time"])
+def test_a_start_that_fails_after_the_process_exists_leaves_nothing(machine, monkeypatch, call):
+    launcher = machine.fresh()
+    spec = replace(machine.script(SLEEPER), remote_port=free_ports(1))
+    with monkeypatch.context() as broken:
+        broken.setattr(call, no_more_files)
+        with pytest.raises(StartRefused, match="Too many open files"):
+            launcher.launch(spec, "k3f9")
+    assert machine.marked() == []
+    assert machine.records.read_all() == []
+    assert launcher.launch(spec, "k4f9").port == spec.remote_port
+
+
+def test_old_logs_that_cannot_be_removed_do_not_fail_a_start(machine, monkeypatch, caplog):
+    launcher = machine.fresh()
+    monkeypatch.setattr("slurmgate.launchers.logs.prune", no_more_files)
+    assert launcher.launch(machine.script(SLEEPER), "k3f9").replica == "k3f9"
+    assert "Too many open files" in caplog.text
+
+
+def no_more_files(*_):
+    raise OSError(24, "Too many open files")

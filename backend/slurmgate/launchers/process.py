@@ -3,6 +3,9 @@
 State: which replicas run, with their ports, under one lock; how they end is the watcher's. On disk
 a record for each, written before the start, so that a later backend finds what this one started: by
 pid and start time, or by marks in the environment if this one died in between.
+
+A replica's processes are those of its session and those that carry its marks. One that leaves both
+behind, with ``setsid`` and an empty environment, is out of reach: it outlives the replica.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import threading
 import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from slurmgate import procfs
 from slurmgate.errors import StartRefused
@@ -71,10 +75,12 @@ class ProcessLauncher:
         port = self._reserve(spec, replica)
         try:
             return self._start(spec, replica, port, argv)
-        except StartRefused:
+        except (StartRefused, OSError) as error:
             with self._changed:
                 del self._replicas[replica]
                 self._changed.notify_all()
+            if isinstance(error, OSError):
+                raise StartRefused(f"cannot start {argv[0]}: {error}") from error
             raise
 
     def stop(self, replica: str) -> None:
@@ -162,22 +168,28 @@ class ProcessLauncher:
             log=str(log),
             boot=self._boot,
         )
+        command = [*argv, str(port)]
         self._records.write(record)
         try:
             environ = self._environment(spec, record)
-            pid = spawn.start([*argv, str(port)], spec.folder, environ, log)
-        except StartRefused:
+            pid, started, pidfd = _open(spawn.start(command, spec.folder, environ, log))
+        except (StartRefused, OSError):
             self._records.remove(replica)
             raise
-        started = procfs.start_time(pid)
         record = dataclasses.replace(record, pid=pid, pid_start=started)
         self._complete(record)
-        self._follow(record, pid, os.pidfd_open(pid))
+        self._follow(record, pid, pidfd)
         _LOG.info("service %s: replica %s is process %d, port %d", spec.name, replica, pid, port)
+        self._prune_logs(spec, log.parent)
+        return _running(record, pid, time.monotonic())
+
+    def _prune_logs(self, spec: ServiceSpec, folder: Path) -> None:
         with self._changed:
             spare = set(self._replicas)
-        logs.prune(log.parent, _LOGS_KEPT, spare)
-        return _running(record, pid, time.monotonic())
+        try:
+            logs.prune(folder, _LOGS_KEPT, spare)
+        except OSError as error:  # no reason to fail a good start
+            _LOG.warning("service %s: cannot remove old logs: %s", spec.name, error)
 
     def _environment(self, spec: ServiceSpec, record: Record) -> dict[str, str]:
         return {
@@ -275,6 +287,20 @@ def end_process_replicas(state: StateDir, *, kill_after: float = _KILL_AFTER) ->
     launcher = ProcessLauncher(state, kill_after=kill_after)
     launcher.adopt(lambda replica, end: None)
     launcher.close(stop_replicas=True)
+
+
+def _open(pid: int) -> tuple[int, int | None, int]:
+    """Give pid, start time and a pidfd of a process just started; if that fails it is ended.
+
+    It leads a session and is not reaped, so that its pid still names its group.
+    """
+    try:
+        return pid, procfs.start_time(pid), os.pidfd_open(pid)
+    except OSError:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        raise
 
 
 def _running(record: Record, pid: int, started_at: float) -> Running:
