@@ -16,9 +16,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from slurmgate import lifecycle, observed
-from slurmgate.errors import BackendAway, CannotStart, SlurmgateError, StartRefused
+from slurmgate.errors import BackendAway, CannotStart, Disabled, SlurmgateError, StartRefused
 from slurmgate.fleet import Effect, FetchLastWords, Fleet, LaunchReplica, Report, View
-from slurmgate.model import Config, Exit, LauncherKind, ServiceSpec
+from slurmgate.model import Config, Exit, LauncherKind, Phase, ServiceSpec
 from slurmgate.observed import Service
 from slurmgate.ports import Clock, Launcher
 
@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 ANSWER_WITHIN = 5.0
 BUSY_TICK = 0.1
 REST_TICK = 1.0
+GATE_WITHIN = 1.5
+GATE_LOOK = 0.05
+GATE_SILENT = 3.0
 LOG_LINES = 20
 POOL_THREADS = 32
 ID_ALPHABET = "abcdefghjkmnpqrstuvwxyz23456789"
@@ -55,6 +58,7 @@ class Control:
         self._pool = ThreadPoolExecutor(POOL_THREADS, thread_name_prefix="launcher")
         self._thread = threading.Thread(target=self._loop, name="control", daemon=True)
         self._answers: list[Future[None]] = []
+        self._reported = threading.Event()
         self._tick_every = BUSY_TICK
         self._ticked = clock()
         self.view: View = self._fleet.view()
@@ -72,7 +76,7 @@ class Control:
 
     def configure(self, config: Config) -> None:
         """Take over a configuration; services that did not change keep their replicas."""
-        self._ask(lambda: self._fleet.configure(config.services))
+        self._ask(lambda: self._fleet.configure(config.services, self._clock()))
 
     def notify(self, report: Report) -> dict[str, Any] | None:
         """Take in a gate's report; give the snapshot when the gate's is another one."""
@@ -83,7 +87,9 @@ class Control:
         return view.wire(self._clock())
 
     def start_service(self, name: str) -> None:
-        """Start a service by name or route without a request to it."""
+        """Start a service by name or route without a request to it; Disabled if it cannot."""
+        if not self.view.enabled:
+            raise Disabled("service management is disabled; slurmgate enable switches it on")
         self._ask(lambda: self._fleet.change_configured(name, lifecycle.start_by_admin))
 
     def stop_service(self, name: str) -> None:
@@ -97,6 +103,20 @@ class Control:
     def manage(self, *, enabled: bool, kill: bool = False) -> None:
         """Switch management of all services on or off; with ``kill`` end every replica too."""
         self._ask(lambda: self._fleet.manage(self._clock(), enabled=enabled, kill=kill))
+
+    def await_gate(self) -> bool:
+        """Wait until the gate has the snapshot of now; False when it does not say so in time.
+
+        For whoever has just changed something and wants the next request to see it. Blocks its
+        thread for at most ``GATE_WITHIN`` seconds.
+        """
+        number, deadline = self.view.number, self._clock() + GATE_WITHIN
+        while (self.view.gate_stored or 0) < number:
+            now = self._clock()
+            if now >= deadline or now - self.view.gate_seen >= GATE_SILENT:
+                return False
+            self._reported.wait(GATE_LOOK)
+        return True
 
     def close(self, *, stop_replicas: Mapping[LauncherKind, bool]) -> None:
         """End the loop, then let every launcher end or leave its replicas as said."""
@@ -144,6 +164,8 @@ class Control:
             self._tick()
             effects = self._fleet.settle(self._clock())
             self.view = self._fleet.view()
+            self._reported.set()
+            self._reported.clear()
             for effect in effects:
                 self._submit(effect)
         except Exception:
@@ -168,13 +190,18 @@ class Control:
         if service is None or found is None:
             return
         name, kind = service.spec.name, service.spec.launcher
-        log.info("service %s replica %s: %s while %s", name, replica, how.describe(), found.phase)
+        if found.phase is Phase.STOPPING:
+            log.info("service %s replica %s: stopped", name, replica)
+        else:
+            how_it_was = found.phase.value
+            log.info("service %s replica %s: %s (%s)", name, replica, how.describe(), how_it_was)
 
         def with_log() -> None:
             lines = self._log_tail(kind, replica)
             self._change(name, lambda s, now: observed.ended(s, replica, how, lines, now))
 
-        if found.phase in observed.LAUNCHING and found.drain is None:
+        starting = found.phase in observed.LAUNCHING and found.never_routable
+        if starting and found.drain is None:
             self._run(with_log)
         else:
             self._fleet.change(name, lambda s: observed.ended(s, replica, how, (), self._clock()))

@@ -42,6 +42,13 @@ class CannotStart(SlurmgateError):
     http_status = 503
 
 
+class Disabled(SlurmgateError):
+    """Service management is switched off: nothing is started."""
+
+    reason = "disabled"
+    http_status = 503
+
+
 class UnknownService(SlurmgateError):
     """No configured service has this name or route."""
 

@@ -43,6 +43,7 @@ class View:
     enabled: bool
     gate: str | None
     gate_seen: float
+    gate_stored: int | None
 
     def find(self, name: str) -> Service:
         """Find a configured service by name or route; raise UnknownService."""
@@ -101,6 +102,7 @@ class Fleet:
         self._gate: str | None = None
         self._former_gates: set[str] = set()
         self._gate_seen = now
+        self._gate_stored: int | None = None
         self._before_gate: dict[str, int] = {}
 
     def view(self) -> View:
@@ -112,6 +114,7 @@ class Fleet:
             self._enabled,
             self._gate,
             self._gate_seen,
+            self._gate_stored,
         )
 
     # -- deciding --------------------------------------------------------------------------
@@ -203,13 +206,17 @@ class Fleet:
         services = self._services.values()
         return next((s for s in services if s.replica(replica) is not None), None)
 
-    def configure(self, specs: Iterable[ServiceSpec]) -> None:
-        """Take over a configuration: what did not change is left alone, what is gone retires."""
+    def configure(self, specs: Iterable[ServiceSpec], since: float = float("-inf")) -> None:
+        """Take over a configuration: what did not change is left alone, what is gone retires.
+
+        Leases granted before ``since`` are not for the services that are new in it.
+        """
         before, self._services = self._services, {}
         for spec in specs:
             known = before.pop(spec.name, None)
             if known is None:
-                self._set(spec.name, Service(spec, enabled=self._enabled))
+                fresh = Service(spec, enabled=self._enabled, lease_void_before=since)
+                self._set(spec.name, fresh)
                 continue
             self._services[spec.name] = known
             if known.spec != spec or known.retired:
@@ -245,6 +252,7 @@ class Fleet:
             return
         self._gate_seen = now
         stored = report.number if report.epoch == self._epoch else None
+        self._gate_stored = stored
         for name, service in list(self._services.items()):
             told = report.services.get(name)
             changed = service

@@ -14,6 +14,7 @@ from slurmgate.observed import (
     LAUNCHING,
     RECENT_COLD_STARTS,
     Drain,
+    Failure,
     Replica,
     Service,
     counted,
@@ -147,8 +148,10 @@ def _decide_starting(service: Service, replica: Replica, now: float) -> Action |
         return Close(replica.id, replica.drain or Drain.REMOVED, replica.drain_by)
     if replica.health is Health.UP:
         return MarkReady(replica.id)
-    running_at = replica.running_at if replica.running_at is not None else replica.since
-    if now - running_at >= spec.start_timeout:
+    began = replica.since  # an adopted one began long ago: what counts is what we see of it
+    if replica.never_routable and replica.running_at is not None:
+        began = replica.running_at
+    if now - began >= spec.start_timeout:
         if not replica.never_routable:
             return Close(replica.id, Drain.UNHEALTHY)
         seen = replica.health_detail or "no health check was answered"
@@ -213,7 +216,9 @@ def _may_launch(service: Service, now: float) -> bool:
     """Is a replica missing? Those that leave do not count, but at most one may be leaving."""
     if service.retired or not service.enabled or not service.wanted(now):
         return False
-    if service.backing_off(now):
+    if service.backing_off(now) or now < service.not_before:
+        return False
+    if any(r.phase is Phase.FAILED for r in service.replicas):
         return False
     if not all(r.phase in LEAVING for r in service.replicas):
         return False
@@ -298,8 +303,22 @@ def _ready(service: Service, replica: Replica, now: float) -> Service:
 
 
 def stop_by_admin(service: Service, drain_for: float, now: float) -> Service:
-    """An operator wants every replica of it ended within ``drain_for`` seconds; leases end."""
-    service = replace(service, start_lease=False, lease_void_before=now)
+    """An operator wants every replica of it ended within ``drain_for`` seconds.
+
+    Leases end, and so does the wait of whoever is held for a start: else it would begin anew. A
+    client that asks later starts it again.
+    """
+    starting = any(r.phase in LAUNCHING for r in service.replicas)
+    ready = any(r.phase is Phase.READY for r in service.replicas)
+    service = replace(
+        service,
+        start_lease=False,
+        lease_void_before=now,
+        demand=replace(service.demand, waiting=0),
+    )
+    if starting and not ready:
+        failure = Failure("start-failed", Drain.ADMIN.value, (), now, now + 1.0)
+        service = replace(service, failure=failure)
     for replica in service.replicas:
         if replica.phase in (Phase.STOPPING, Phase.FAILED):
             continue
@@ -312,6 +331,15 @@ def stop_by_admin(service: Service, drain_for: float, now: float) -> Service:
 
 def start_by_admin(service: Service) -> Service:
     """An operator wants it started now, whatever failed before."""
-    if any(r.phase in LAUNCHING or r.phase is Phase.READY for r in service.replicas):
-        return service
-    return replace(service, start_lease=True, failures=0, failure=None)
+    for replica in service.replicas:
+        coming = replica.phase in LAUNCHING or replica.phase is Phase.READY
+        if coming and replica.drain is None:
+            return service
+    return replace(
+        service,
+        start_lease=True,
+        failures=0,
+        failure=None,
+        crashes=0,
+        not_before=float("-inf"),
+    )

@@ -177,7 +177,7 @@ class Health(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """How a job or process ended; both None: it ended unseen, while the backend was away."""
+    """How a job or process ended; both None: nobody could see it."""
 
     code: int | None = None
     signal: int | None = None
@@ -188,7 +188,7 @@ class Exit:
             return f"was killed by signal {self.signal}"
         if self.code is not None:
             return f"exited with code {self.code}"
-        return "ended while the backend was away"
+        return "ended, nobody could see how"
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from slurmgate.model import Exit, Health, Phase, Running, ServiceSpec
 LAUNCHING = frozenset({Phase.SUBMITTED, Phase.PENDING, Phase.RUNNING, Phase.STARTING})
 MAX_BACKOFF = 60.0
 RECENT_COLD_STARTS = 20
+STEADY_AFTER = 60.0
 COLD_START_BOUNDS = (0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)
 
 
@@ -112,7 +113,12 @@ class Histogram:
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """A configured service, or one no longer configured (``retired``) whose replicas still end."""
+    """A configured service, or one no longer configured (``retired``) whose replicas still end.
+
+    ``failures`` counts failed starts in a row; while their backoff runs, requests are refused.
+    ``crashes`` counts replicas in a row that died soon after they were ready; ``not_before`` holds
+    the next start back a little, and requests wait for it.
+    """
 
     spec: ServiceSpec
     replicas: tuple[Replica, ...] = ()
@@ -124,6 +130,8 @@ class Service:
     last_demand: float = float("-inf")
     failures: int = 0
     failure: Failure | None = None
+    crashes: int = 0
+    not_before: float = float("-inf")
     cold_starts: tuple[float, ...] = ()
     cold_start_histogram: Histogram = field(default_factory=Histogram)
     lost: int = 0
@@ -267,7 +275,9 @@ def failed(service: Service, code: str, reason: str, log: tuple[str, ...], now: 
 def ended(
     service: Service, replica_id: str, how: Exit, log: tuple[str, ...], now: float
 ) -> Service:
-    """The replica's processes are gone. Its own end during a start is a failed start."""
+    """The replica's processes are gone. Its own end during a start is a failed start; that of one
+    which was ready (or may have been, before it was adopted) is nobody's fault at first.
+    """
     found = service.replica(replica_id)
     if found is None:
         return service
@@ -276,9 +286,12 @@ def ended(
         return failed(rest, "start-failed", found.reason or "", log, now)
     if found.phase is Phase.STOPPING or found.drain is not None:
         return rest
-    if found.phase in LAUNCHING:
+    if found.phase in LAUNCHING and found.never_routable:
         return failed(rest, "start-failed", f"the service {how.describe()} during start", log, now)
-    return replace(rest, lost=rest.lost + 1)
+    lived = now - (found.since if found.ready_at is None else found.ready_at)
+    crashes = service.crashes + 1 if lived < STEADY_AFTER else 1
+    pause = 0.0 if crashes == 1 else min(MAX_BACKOFF, 2.0 ** (crashes - 2))
+    return replace(rest, lost=rest.lost + 1, crashes=crashes, not_before=now + pause)
 
 
 def reported(service: Service, report: ServiceReport, now: float) -> Service:
@@ -348,7 +361,7 @@ def configured(service: Service, spec: ServiceSpec) -> Service:
         return service
     changed = replace(service, spec=spec, retired=False)
     if spec.start_hash() != service.spec.start_hash():
-        changed = replace(changed, failures=0, failure=None)
+        changed = replace(changed, failures=0, failure=None, crashes=0, not_before=float("-inf"))
     return changed
 
 

@@ -17,13 +17,15 @@ DISABLED_RETRY = 60.0
 
 
 def state(service: Service, now: float) -> str:
-    """The one word for people: cold, waking, ready, draining, failed, disabled."""
+    """The one word for people: cold, waking, ready, draining, failed, disabled, unknown."""
     phases = {r.phase for r in service.replicas}
     if Phase.READY in phases:
         return "ready"
+    if any(r.phase is Phase.STARTING and not r.never_routable for r in service.replicas):
+        return "unknown"  # adopted: nobody has said yet how it does
     if phases & (LAUNCHING | {Phase.FAILED}):
         return "waking"
-    if service.backing_off(now):
+    if service.backing_off(now) and service.enabled:
         return "failed"
     if phases:
         return "draining"
@@ -56,13 +58,13 @@ def estimate(service: Service, now: float) -> float:
 
 def refusal(service: Service, now: float) -> dict[str, Any] | None:
     """Why no start is tried for a request at present; None when one is, or is under way."""
-    if any(r.phase in LAUNCHING for r in service.replicas):
+    if any(r.phase in LAUNCHING and r.drain is None for r in service.replicas):
         return None
+    if not service.enabled:
+        return {"code": "disabled", "reason": "service management is disabled", "log": []}
     failure = service.failure
     if failure is not None and service.backing_off(now):
         return {"code": failure.code, "reason": failure.reason, "log": list(failure.log)}
-    if not service.enabled:
-        return {"code": "disabled", "reason": "service management is disabled", "log": []}
     return None
 
 
@@ -116,8 +118,10 @@ def wire(service: Service, now: float) -> dict[str, Any]:
     entry = essence(service, now)
     entry["retry_after_s"] = round(estimate(service, now), 3)
     if entry["refusal"] is not None:
-        wait = estimate(service, now) if service.backing_off(now) else DISABLED_RETRY
+        wait = estimate(service, now) if service.enabled else DISABLED_RETRY
         entry["refusal"]["retry_after_s"] = round(max(wait, 1.0), 3)
+    void = service.lease_void_before
+    entry["leases_void_s"] = None if void == float("-inf") else round(now - void, 3)
     ages = {r.id: now - r.running_at for r in service.replicas if r.running_at is not None}
     for replica in entry["replicas"]:
         replica["age_s"] = round(ages[replica["id"]], 3)

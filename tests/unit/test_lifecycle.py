@@ -145,13 +145,26 @@ def test_a_stop_by_an_operator_is_not_taken_back_and_ends_after_its_time():
 
 def test_a_new_replica_starts_beside_one_that_an_operator_stops():
     stopped = lifecycle.stop_by_admin(service(replica(), demand=WAITING), 60.0, NOW)
-    assert Launch() in decide(stopped, NOW, NOW)
+    assert decide(stopped, NOW, NOW) == (), "what was told before the stop is no demand after it"
+    asked = observed.reported(stopped, ServiceReport(requests=2, waiting=1), NOW + 1)
+    assert Launch() in decide(asked, NOW, NOW + 1)
+
+
+def test_a_stop_during_a_start_tells_those_who_wait_and_does_not_begin_anew():
+    stopped = lifecycle.stop_by_admin(service(starting(), demand=WAITING), 60.0, NOW)
+    assert decide(stopped, NOW, NOW) == (Stop("r1", "no longer wanted"),)
+    ended = observed.ended(stopped, "r1", Exit(signal=15), (), NOW)
+    refusal = snapshot.refusal(ended, NOW)
+    assert refusal is not None
+    assert refusal["reason"] == Drain.ADMIN.value
+    assert ended.failures == 0
 
 
 def test_with_a_fixed_port_the_old_one_must_be_gone_first():
     fixed = service(replica(), spec=spec(remote_port=8001), demand=WAITING)
     stopped = lifecycle.stop_by_admin(fixed, 60.0, NOW)
-    assert Launch() not in decide(stopped, NOW, NOW)
+    asked = observed.reported(stopped, ServiceReport(requests=2, waiting=1), NOW + 1)
+    assert Launch() not in decide(asked, NOW, NOW + 1)
 
 
 def test_changed_start_parameters_replace_it_once_nobody_uses_it():
@@ -224,6 +237,40 @@ def test_an_adopted_replica_is_ready_with_the_first_report_and_keeps_its_idle_ti
     after = lifecycle.apply(ready, action, NOW)
     assert after.idle_since(after.replicas[0].ready_at or 0) == NOW - 8
     assert after.starts == {}
+
+
+def test_a_start_that_was_given_up_is_not_repeated_before_its_failure_is_known():
+    slow = service(starting(running_at=NOW - 1800), demand=WAITING)
+    (give_up,) = decide(slow, NOW, NOW)
+    assert isinstance(give_up, GiveUp)
+    assert decide(lifecycle.apply(slow, give_up, NOW), NOW, NOW) == ()
+
+
+def test_an_adopted_replica_is_not_judged_by_the_time_before_its_adoption():
+    old = observed.adopted(service(), replace(running("r9"), started_at=NOW - 7200), NOW)
+    assert decide(old, NOW, NOW) == ()
+    assert snapshot.state(old, NOW) == "unknown"
+
+
+def test_an_adopted_replica_that_ends_before_the_first_report_is_no_failed_start():
+    old = observed.adopted(service(demand=WAITING), running("r9"), NOW)
+    after = observed.ended(old, "r9", Exit(), (), NOW)
+    assert after.failure is None
+    assert decide(after, NOW, NOW) == (Launch(),)
+
+
+def test_a_service_that_dies_again_and_again_is_started_ever_more_rarely():
+    dying, now, pauses = service(demand=WAITING), NOW, []
+    for _ in range(5):
+        ready = replace(dying, replicas=(replica(ready_at=now),))
+        dying = observed.ended(ready, "r1", Exit(code=1), (), now + 1)
+        pauses.append(dying.not_before - now - 1)
+        assert decide(dying, now, now + 1) == (() if pauses[-1] else (Launch(),))
+        now = max(dying.not_before, now + 1)
+        assert decide(dying, now, now) == (Launch(),)
+    assert pauses == [0, 1, 2, 4, 8]
+    steady = replace(dying, replicas=(replica(ready_at=now - 61),))
+    assert observed.ended(steady, "r1", Exit(code=1), (), now).not_before == now
 
 
 def test_of_two_adopted_replicas_the_older_one_drains():

@@ -109,8 +109,10 @@ class Life(RuleBasedStateMachine):
 
     def settle(self) -> None:
         self.fleet.look_at_unsettled()
+        given_up = any(r.phase is Phase.FAILED for r in self.service().replicas)
         effects = self.fleet.settle(self.now)
         for effect in effects:
+            assert not (given_up and isinstance(effect, LaunchReplica)), "a failure was not awaited"
             if isinstance(effect, StopReplica):
                 self.cancelled.add(effect.replica)
                 assert self.reach(effect.replica) == 0 or self.may_cut(effect.replica)

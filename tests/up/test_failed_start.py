@@ -67,6 +67,20 @@ def test_a_service_that_never_becomes_healthy_is_given_up(product):
     assert "503" in answer.json["reason"]
     assert any("probe on" in line for line in answer.json["log"])
     until(lambda: product.replicas() == [])
+    assert len(product.noted("start")) == 1
+
+
+def test_a_stop_during_a_start_is_told_to_those_who_wait(product):
+    product.probe(load=3600)
+    product.up()
+    asked = ask_in_background([f"{product.url}/probe/{i}" for i in range(3)])
+    until(lambda: product.info()["waiting"] == 3 and product.noted("start"))
+    product.run("stop", "probe")
+    for answer in asked.result():
+        assert answer.status == 503
+        assert "operator" in answer.json["reason"]
+    until(lambda: product.replicas() == [])
+    assert len(product.noted("start")) == 1
 
 
 def test_a_port_that_is_taken(product):

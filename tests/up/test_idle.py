@@ -20,6 +20,15 @@ def test_an_idle_service_is_stopped_and_a_later_request_starts_it_again(product)
     assert product.get("/probe/").json()["pid"] != first
 
 
+def test_a_stop_right_after_an_answer_starts_nothing_anew(product):
+    product.probe()
+    product.up()
+    product.get("/probe/")
+    product.post("/admin/services/probe/stop")
+    product.until_state("cold")
+    assert len(product.noted("start")) == 1
+
+
 def test_a_stream_longer_than_the_idle_timeout_is_not_cut(product):
     product.probe(timeout=0.5)
     product.up()

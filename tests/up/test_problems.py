@@ -92,7 +92,11 @@ def test_management_off_starts_nothing_and_leaves_what_runs(product):
     product.run("disable")
     assert product.get("/probe/").status_code == 200
     product.until_state("disabled")
+    refused = product.post("/admin/services/other/start")
+    assert refused.status_code == 503
+    assert refused.json()["type"].endswith("disabled")
     product.run("enable")
+    assert product.info("other")["state"] == "cold"
     product.get("/other/")
     product.run("disable", "--kill")
     product.until_state("disabled", "other")

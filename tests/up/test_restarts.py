@@ -54,6 +54,29 @@ def test_adopted_services_still_go_idle(product):
     assert product.replicas() == []
 
 
+def test_a_service_older_than_its_start_timeout_is_adopted_all_the_same(product):
+    product.probe(start_timeout=1)
+    product.up()
+    product.get("/probe/")
+    until(lambda: product.info()["replicas"][0]["since_s"] > 1.2)
+    product.kill_backend()
+    for _ in range(20):
+        assert product.get("/probe/").headers["X-Slurmgate-Waited"] == "0.000"
+    assert product.info()["state"] == "ready"
+    assert len(product.noted("start")) == 1
+
+
+def test_an_adopted_replica_that_dies_unseen_is_replaced_and_nobody_is_refused(product):
+    product.expected.append(UPSTREAM_GONE)
+    product.probe()
+    product.up()
+    first = product.get("/probe/").json()["pid"]
+    product.kill_backend(wait=False)
+    os.kill(first, signal.SIGKILL)
+    assert product.get("/probe/").status_code == 200
+    assert len(product.noted("start")) == 2
+
+
 def test_counts_of_a_killed_worker_vanish_and_the_service_still_goes_idle(product):
     product.top["gate"] = {"workers": 2}
     product.probe(timeout=1)

@@ -32,26 +32,35 @@ def blueprint(
                 " (file admin-token in the state directory)"
             )
 
+    def done(**more: object) -> Response:
+        """Answer once the gate knows, so that the next request meets what was changed."""
+        answer = {"ok": True, "gate_informed": control.await_gate(), **more}
+        return Response(json.dumps(answer) + "\n", mimetype="application/json")
+
     @routes.post("/admin/reload")
     def reload() -> Response:
         notes = reloader.reload()
-        return _done(loaded_at=reloader.loaded_at, notes=notes)
+        return done(loaded_at=reloader.loaded_at, notes=notes)
 
     @routes.post("/admin/services/<path:name>/start")
     @routes.post("/demand_<path:name>")
     def start(name: str) -> Response:
         control.start_service(name)
-        return _done(service=name)
+        return done(service=name)
 
     @routes.post("/admin/services/<path:name>/stop")
     def stop(name: str) -> Response:
         control.stop_service(name)
-        return _done(service=name)
+        return done(service=name)
 
     def manage(*, enabled: bool, kill: bool = False) -> Response:
-        remember_management(enabled)
         control.manage(enabled=enabled, kill=kill)
-        return _done(management_enabled=enabled)
+        notes = []
+        try:
+            remember_management(enabled)
+        except OSError as error:
+            notes.append(f"in force until the backend restarts: cannot write it down: {error}")
+        return done(management_enabled=enabled, notes=notes)
 
     @routes.post("/admin/management/enable")
     @routes.post("/enable_service_management")
@@ -76,7 +85,3 @@ def blueprint(
         )
 
     return routes
-
-
-def _done(**more: object) -> Response:
-    return Response(json.dumps({"ok": True, **more}) + "\n", mimetype="application/json")

@@ -93,8 +93,8 @@ def service_info(service: Service, view: View, now: float, *, private: bool) -> 
         "retry_after_s": None if state == "ready" else _rounded(snapshot.estimate(service, now)),
         "replicas": [_replica(r, now, private=private) for r in service.replicas],
     }
-    if private and service.failure is not None:
-        entry["log"] = list(service.failure.log)
+    failure = service.failure
+    entry["log"] = list(failure.log) if private and failure is not None else []
     return entry
 
 

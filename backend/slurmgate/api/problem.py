@@ -43,6 +43,10 @@ def register(app: Flask) -> None:
     @app.errorhandler(HTTPException)
     def http_error(error: HTTPException) -> Response:
         status = error.code or 500
+        if status == 404:
+            return problem(
+                "no-such-route", 404, "There is no such page; GET / lists what there is."
+            )
         answer = problem(error.name.lower().replace(" ", "-"), status, error.description or "")
         allow = error.get_response().headers.get("Allow")
         if allow:
