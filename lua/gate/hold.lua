@@ -189,11 +189,11 @@ local function turn_away(var, code, detail)
     if not service then
         return problem.send(code, { detail = detail })
     end
-    local facts = problem.service_facts(service, var.sg_private == "1", code)
+    local now = clock.now()
+    local facts = problem.service_facts(service, var.sg_private == "1", code, now)
     facts.detail = detail
     if LEAVES_LEASE[code] and var.sg_passive ~= "1" then
         local retry = problem.retry_after(code, facts.estimate)
-        local now = clock.now()
         store.want(service.name, now, now + LEASE_FACTOR * retry + LEASE_EXTRA_S)
         notifier.kick()
     end

@@ -69,6 +69,9 @@ local BY_STATUS = {
     [502] = "upstream-failed", [503] = "backend-away", [504] = "upstream-timeout",
 }
 
+-- States whose estimate is a time left of a start or a backoff, not of a start that may begin later
+local RUNS_DOWN = { waking = true, failed = true }
+
 local _M = {}
 
 --- The code for a status nginx itself came up with.
@@ -131,16 +134,24 @@ function _M.render(code, facts)
     }, text
 end
 
---- Facts about a service for `render`. People outside the private networks learn the state and the
---- class of the reason, never words that may name a node or a job.
-function _M.service_facts(service, private, code)
+-- What is left of an estimate of a moment `age` seconds ago
+local function left_of(estimate, age)
+    return estimate and max(1, estimate - age)
+end
+
+--- Facts about a service for `render`, `now` on the clock of its `told_at`. People outside the
+--- private networks learn the state and the class of the reason, never words that may name a node
+--- or a job.
+function _M.service_facts(service, private, code, now)
     local refusal = service.refusal
+    -- Only where something is under way does its end come nearer.
+    local age = RUNS_DOWN[service.state] and now - service.told_at or 0
     local facts = {
         service = service.name, state = service.state, private = private,
-        estimate = service.retry_after_s,
+        estimate = left_of(service.retry_after_s, age),
     }
     if refusal and refusal.code == code then
-        facts.estimate = refusal.retry_after_s or facts.estimate
+        facts.estimate = left_of(refusal.retry_after_s, age) or facts.estimate
         facts.reason = private and refusal.reason or code
         facts.log = refusal.log
     elseif private then

@@ -65,6 +65,7 @@ end
 local function compile_service(entry, known, at)
     local service = {
         name = entry.name, route = entry.route_name, retired = entry.retired == true,
+        told_at = at, -- the moment its estimates are of
         api_prefixes = router.prefixes(entry.api_paths),
         no_wake = router.prefixes(value(entry.no_wake) or {}),
         state = entry.state, reason = value(entry.reason),

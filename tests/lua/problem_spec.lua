@@ -46,13 +46,13 @@ end)
 
 describe("what is said about a service", function()
     local service = {
-        name = "LLM", state = "failed", reason = "on node gpu07", retry_after_s = 9,
+        name = "LLM", state = "failed", reason = "on node gpu07", retry_after_s = 9, told_at = 100,
         refusal = { code = "start-failed", reason = "killed on gpu07", log = { "boom" },
             retry_after_s = 4 },
     }
 
     it("is everything for private networks", function()
-        local facts = problem.service_facts(service, true, "start-failed")
+        local facts = problem.service_facts(service, true, "start-failed", 100)
         local _, headers, body = render("start-failed", facts)
         assert.are.equal("killed on gpu07", body.reason)
         assert.are.same({ "boom" }, body.log)
@@ -60,12 +60,33 @@ describe("what is said about a service", function()
     end)
 
     it("is state and class of the reason for others", function()
-        local facts = problem.service_facts(service, false, "start-failed")
+        local facts = problem.service_facts(service, false, "start-failed", 100)
         local _, _, body = render("start-failed", facts)
         assert.are.equal("failed", body.state)
         assert.are.equal("start-failed", body.reason)
         assert.is_nil(body.log)
-        assert.is_nil(problem.service_facts(service, false, "hold-timeout").reason)
+        assert.is_nil(problem.service_facts(service, false, "hold-timeout", 100).reason)
+    end)
+end)
+
+describe("an estimate", function()
+    local function estimate(state, code, now)
+        local service = {
+            name = "LLM", state = state, retry_after_s = 9, told_at = 100,
+            refusal = { code = "start-failed", retry_after_s = 4 },
+        }
+        return problem.service_facts(service, true, code, now).estimate
+    end
+
+    it("runs down while a start or a backoff does, to one second", function()
+        assert.are.equal(2.5, estimate("failed", "start-failed", 101.5))
+        assert.are.equal(6, estimate("waking", "hold-timeout", 103))
+        assert.are.equal(1, estimate("waking", "hold-timeout", 200))
+    end)
+
+    it("stays as it was told where nothing is under way", function()
+        assert.are.equal(9, estimate("cold", "hold-timeout", 200))
+        assert.are.equal(4, estimate("disabled", "start-failed", 200))
     end)
 end)
 
