@@ -106,7 +106,8 @@ local function problem_body(entry, code, facts, true_retry)
         service = facts.service,
         state = facts.state,
         reason = facts.reason,
-        log = facts.private and facts.log or nil,
+        -- An empty list would be written as an object.
+        log = facts.private and facts.log and facts.log[1] and facts.log or nil,
         retry_after_s = true_retry,
     }
 end
@@ -123,7 +124,8 @@ function _M.render(code, facts)
         body = problem_body(entry, code, facts, true_retry)
         content_type = "application/problem+json"
     end
-    local text = cjson.encode(body)
+    -- The encoder puts a backslash before each slash, which JSON allows and people stumble over.
+    local text = cjson.encode(body):gsub("\\/", "/") .. "\n"
     return entry.status, {
         ["Content-Type"] = content_type,
         ["Content-Length"] = #text,
