@@ -9,18 +9,24 @@ local tonumber = tonumber
 
 local SLASH = byte("/")
 
--- First segments the gate answers itself. Routes cannot have these names.
-local OWN = {
-    [""] = "page",
-    info = "page",
-    metrics = "metrics",
-    healthz = "healthz",
-    readyz = "readyz",
-    v1 = "openai",
-    admin = "admin",
-    enable_service_management = "admin",
-    disable_service_management = "admin",
-    kill_disable_service_management = "admin",
+-- What the gate answers itself; routes cannot have these names. Whole paths, and first segments
+-- with whatever follows.
+local OWN_PATHS = {
+    ["/"] = "page",
+    ["/info"] = "page",
+    ["/metrics"] = "metrics",
+    ["/healthz"] = "healthz",
+    ["/readyz"] = "readyz",
+    ["/enable_service_management"] = "admin",
+    ["/disable_service_management"] = "admin",
+    ["/kill_disable_service_management"] = "admin",
+}
+local OWN_SEGMENTS = { v1 = "openai", admin = "admin" }
+-- The same with the name of a route or service behind: a name is never empty.
+local OWN_NAMED = {
+    { pattern = "^/check_[^/]+$", kind = "page" },
+    { pattern = "^/demand_[^/]+$", kind = "admin" },
+    { pattern = "^/info/.", kind = "page" },
 }
 
 local _M = {}
@@ -80,14 +86,15 @@ function _M.under(prefixes, path)
     return false
 end
 
-local function own_page(segment)
-    local kind = OWN[segment]
+local function own_page(path, segment)
+    local kind = OWN_PATHS[path] or OWN_SEGMENTS[segment]
     if kind then
         return kind
-    elseif sub(segment, 1, 6) == "check_" then
-        return "page"
-    elseif sub(segment, 1, 7) == "demand_" then
-        return "admin"
+    end
+    for _, own in ipairs(OWN_NAMED) do
+        if find(path, own.pattern) then
+            return own.kind
+        end
     end
     return nil
 end
@@ -104,7 +111,7 @@ function _M.match(routes, path)
     local segment = sub(path, 2, slash and slash - 1 or -1)
     local service = routes[segment]
     if not service then
-        return { kind = own_page(segment) or "no-such-route" }
+        return { kind = own_page(path, segment) or "no-such-route" }
     end
     local rest = slash and sub(path, slash) or "/"
     if not _M.under(service.api_prefixes, rest) then

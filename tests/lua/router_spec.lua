@@ -77,6 +77,15 @@ describe("match", function()
         end
     end)
 
+    it("knows them under no other name", function()
+        for _, path in ipairs {
+            "//", "//llm/x", "//info", "/info/", "/healthz/", "/readyz/x", "/metrics/x", "/check_",
+            "/check_/llm", "/check_llm/", "/demand_", "/enable_service_management/x",
+        } do
+            assert.are.equal("no-such-route", router.match(routes, path).kind)
+        end
+    end)
+
     it("refuses unknown routes and unsafe paths", function()
         assert.are.equal("no-such-route", router.match(routes, "/other/x").kind)
         assert.are.equal("no-such-route", router.match(routes, "/LLM/x").kind)
