@@ -4,6 +4,7 @@ On disk, all of it 0700 / 0600 and owned by the user Slurmgate runs as:
 
     owner, instance, admin-token    made on first start, then kept
     management                      "disabled" while service management is off
+    children.json                   the backend and the gate that ``up`` runs
     run-directory                   name of the directory that holds the sockets
     up.lock, backend.lock           held by whoever runs; the kernel frees them with their process
     replicas/  logs/  nginx/        records, output of processes, the rendered configuration
@@ -17,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import logging
 import os
 import re
@@ -107,6 +109,10 @@ class StateDir:
             raise StateError(f"{path} is no state directory of Slurmgate; give --state-dir")
         return state
 
+    def exists(self) -> bool:
+        """Whether it is still there: a cleaner, or a person, may remove it at any time."""
+        return (self.path / "owner").exists()
+
     @property
     def replicas(self) -> Path:
         """Folder of the replica records."""
@@ -126,6 +132,11 @@ class StateDir:
     def access_log(self) -> Path:
         """The gate's access log."""
         return self.path / "access.log"
+
+    @property
+    def children(self) -> Path:
+        """Where ``up`` keeps which backend and which gate run."""
+        return self.path / "children.json"
 
     @property
     def control_socket(self) -> Path:
@@ -200,7 +211,7 @@ class StateDir:
             if known is None:
                 raise StateError(f"nothing runs with the state directory {self.path}")
             return known
-        if known is not None and _is_private(known):
+        if known is not None and (_is_private(known) or _made_again(known)):
             return known
         fresh = _make_run_dir(self.path)
         write_atomic(recorded, os.fsencode(fresh) + b"\n")
@@ -257,9 +268,14 @@ def default_path(environ: Mapping[str, str]) -> Path:
 
 
 def safe_name(name: str) -> str:
-    """Turn a service's name into a file name: ``[A-Za-z0-9._-]``, never a leading dot."""
-    safe = re.sub(r"[^A-Za-z0-9._-]", "_", name)[:100]
-    return "_" + safe[1:] if safe.startswith(".") else safe or "_"
+    """Turn a service's name into a file name: ``[A-Za-z0-9._-]``, never a leading dot.
+
+    A name that has to be changed for that gets a hash, so that no two names share a file.
+    """
+    safe = re.sub(r"[^A-Za-z0-9._-]|^\.", "_", name)[:100]
+    if safe == name and name:
+        return safe
+    return f"{safe}-{hashlib.sha256(name.encode(errors='surrogatepass')).hexdigest()[:8]}"
 
 
 def network_filesystem(path: Path) -> str | None:
@@ -310,6 +326,15 @@ def _is_private(path: Path) -> bool:
         return False
     closed = not found.st_mode & 0o077
     return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and closed
+
+
+def _made_again(path: Path) -> bool:
+    """Make a directory that a cleaner removed: who uses its sockets knows no other path."""
+    try:
+        path.mkdir(mode=0o700)  # fails if somebody made it meanwhile: it would not be ours
+    except OSError:
+        return False
+    return _is_private(path)
 
 
 def _make_run_dir(state: Path) -> Path:

@@ -129,7 +129,7 @@ def test_sockets_of_a_long_path_lie_in_tmp_without_a_runtime_directory(tmp_path,
     first.rmdir()
     second = StateDir.open(state.path).run_dir()
     assert second.is_dir()
-    assert second != first
+    assert second == first
     assert StateDir.find(state.path).run_dir() == second
     second.rmdir()
 
@@ -197,20 +197,45 @@ def test_a_lock_ends_with_its_process_and_is_not_inherited(tmp_path):
         os.killpg(holder.pid, 9)
 
 
+@pytest.mark.parametrize("name", ["LLM", "a.b-c_d", "x" * 100])
+def test_a_service_name_that_is_a_file_name_stays_as_it_is(name):
+    assert safe_name(name) == name
+
+
 @pytest.mark.parametrize(
-    ("name", "safe"),
+    ("name", "begin"),
     [
-        ("LLM", "LLM"),
-        ("a/b c", "a_b_c"),
-        ("..", "_."),
-        (".hidden", "_hidden"),
-        ("Größe", "Gr__e"),
-        ("", "_"),
-        ("x" * 300, "x" * 100),
+        ("a/b c", "a_b_c-"),
+        ("..", "_.-"),
+        (".hidden", "_hidden-"),
+        ("Größe", "Gr__e-"),
+        ("", "-"),
+        ("x" * 300, "x" * 100 + "-"),
     ],
 )
-def test_service_names_become_safe_file_names(name, safe):
-    assert safe_name(name) == safe
+def test_other_service_names_become_file_names_with_a_hash(name, begin):
+    assert re.fullmatch(re.escape(begin) + "[0-9a-f]{8}", safe_name(name))
+
+
+def test_no_two_services_share_a_file_name():
+    names = ["模型", "説明", "__", "a/b", "a_b", "a b", "x" * 100, "x" * 101, "x" * 102]
+    assert len({safe_name(name) for name in names}) == len(names)
+
+
+def test_a_sockets_folder_that_a_cleaner_removed_is_made_again_in_its_place(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/nowhere")
+    monkeypatch.setattr("slurmgate.state.network_filesystem", lambda _: "nfs")
+    state = StateDir.open(tmp_path / "s")
+    before = state.run_dir()
+    before.rmdir()
+    assert state.run_dir() == before
+    assert before.stat().st_mode & 0o777 == 0o700
+    before.rmdir()
+    before.write_text("somebody else's")
+    other = state.run_dir()
+    before.unlink()
+    assert other != before
+    other.rmdir()
 
 
 def test_logs_are_found_without_the_name_of_the_service(tmp_path):
