@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -20,21 +20,24 @@ from typing import Any
 from flask import Flask
 from waitress.server import create_server
 
-from slurmgate import client, nginx
+from slurmgate import client, listening, nginx, procfs
 from slurmgate import config as configuration
 from slurmgate.api import admin, gate, info, metrics, problem
 from slurmgate.control import Control
-from slurmgate.errors import ConfigError, SlurmgateError
+from slurmgate.errors import ConfigError, SlurmgateError, StateError
 from slurmgate.files import write_atomic
 from slurmgate.launchers.process import ProcessLauncher
 from slurmgate.model import Config, GateSpec, LauncherKind
 from slurmgate.reload import Reloader
+from slurmgate.sessions import remembered
 from slurmgate.state import StateDir
 
 log = logging.getLogger(__name__)
 
 CONTROL_THREADS = 4
 API_THREADS = 4
+GATE_PATIENCE = 2.0
+LOOK_EVERY = 2.0
 LAST_GOOD = "config.last-good.json"
 
 
@@ -78,59 +81,86 @@ def serve(options: BackendOptions) -> int:
         control.start(config)
         reloader = Reloader(
             config,
-            lambda fresh: _apply(control, state, fresh),
-            lambda spec: _try_gate(spec, state, options),
+            lambda fresh, content: _apply(control, state, fresh, content),
+            lambda fresh, running: _try_gate(fresh, running, state, options),
             error=error,
         )
         reloader.start()
         instance = config.instance or state.instance
-        _serve_sockets(state, _applications(state, control, reloader, instance))
+        sockets = _serve_sockets(state, _applications(state, control, reloader, instance))
         log.info("backend of instance %s serves %d services", instance, len(config.services))
-        _wait(wishes, reloader)
+        heard = _wait(wishes, reloader, lambda: state.exists() and not _in_place(sockets))
         log.info("backend stops")
         reloader.close()
         control.close(
-            stop_replicas={LauncherKind.PROCESS: True, LauncherKind.SLURM: options.stop_jobs}
+            stop_replicas={LauncherKind.PROCESS: heard, LauncherKind.SLURM: options.stop_jobs}
+        )
+    if not heard:
+        raise StateError(
+            "the sockets were removed while running, so that no gate could reach this backend;"
+            " replicas go on, and the next backend takes them over"
         )
     return 0
 
 
 def _initial_config(options: BackendOptions, state: StateDir) -> tuple[Config, str | None]:
     """Load the file; a supervised backend that was restarted falls back on the last good one."""
-    saved = state.path / LAST_GOOD
     try:
-        config = configuration.load(options.config)
+        config, content = configuration.load_with_content(options.config)
     except ConfigError as error:
-        if not options.supervised or not saved.exists():
+        last = _last_good(options, state) if options.supervised else None
+        if last is None:
             raise
-        config = configuration.validate(json.loads(saved.read_bytes()), options.config)
         log.error("configuration refused, going on with the last good one:\n%s", error)
-        return config, str(error)
-    _remember(state, config)
+        return last, str(error)
+    _keep(state, config, content)
     for warning in config.warnings:
         log.warning("%s", warning)
     return config, None
 
 
-def _remember(state: StateDir, config: Config) -> None:
+def _last_good(options: BackendOptions, state: StateDir) -> Config | None:
+    """Give the last configuration that was in force; None when there is no usable copy."""
+    saved = state.path / LAST_GOOD
     try:
-        write_atomic(state.path / LAST_GOOD, config.path.read_bytes())
+        return configuration.validate(json.loads(saved.read_bytes()), options.config)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, ConfigError) as error:
+        log.warning("%s cannot be used: %s", saved, error)
+        return None
+
+
+def _keep(state: StateDir, config: Config, content: bytes) -> None:
+    """Save the configuration in force, just as it was read, for a later backend."""
+    try:
+        write_atomic(state.path / LAST_GOOD, content)
         client.note_admin_token(state, config.admin_token_file)
     except OSError as error:
         log.warning("cannot keep a copy of the configuration: %s", error)
 
 
-def _apply(control: Control, state: StateDir, config: Config) -> None:
+def _apply(control: Control, state: StateDir, config: Config, content: bytes) -> None:
     control.configure(config)
-    _remember(state, config)
+    _keep(state, config, content)
 
 
-def _try_gate(spec: GateSpec, state: StateDir, options: BackendOptions) -> Callable[[], list[str]]:
-    """Let nginx test the changed gate section; the result puts it in force by an nginx reload."""
+def _try_gate(
+    fresh: GateSpec, running: GateSpec, state: StateDir, options: BackendOptions
+) -> Callable[[], list[str]]:
+    """Try a changed gate section; the result puts it in force by an nginx reload."""
     if not options.supervised:
         return lambda: ["gate: changed; restart the gate to put it in force"]
-    if options.listen is not None:
-        spec = replace(spec, listen=options.listen)
+    notes = []
+    if options.listen is not None and fresh.listen != running.listen:
+        notes.append(f"gate.listen: changed, but up --listen {options.listen} stays in force")
+    before, spec = (
+        gate if options.listen is None else replace(gate, listen=options.listen)
+        for gate in (running, fresh)
+    )
+    if spec == before:
+        return lambda: notes
+    _check_gate(spec, before)
     conf = nginx.conf_of(state)
     candidate = conf.with_suffix(".new")
     nginx.write(nginx.render_for(spec, state), candidate)
@@ -138,10 +168,42 @@ def _try_gate(spec: GateSpec, state: StateDir, options: BackendOptions) -> Calla
 
     def commit() -> list[str]:
         os.replace(candidate, conf)
-        os.kill(int(state.nginx_pid.read_text()), signal.SIGHUP)
-        return ["gate: nginx reloads with the changed section"]
+        if _reload_nginx(state):
+            return [*notes, "gate: nginx reloads with the changed section"]
+        return [*notes, "gate: nginx is restarting and will read the new file"]
 
     return commit
+
+
+def _check_gate(spec: GateSpec, before: GateSpec) -> None:
+    """Find what ``nginx -t`` does not: a taken address, a certificate that cannot be used."""
+    problems = []
+    address = configuration.parse_listen(spec.listen)
+    if spec.listen != before.listen and address is not None:
+        taken = listening.problem(*address)
+        if taken is not None:
+            problems.append(f"gate.listen: cannot listen on {spec.listen}: {taken}")
+    unusable = None if spec.tls is None else configuration.tls_problem(spec.tls)
+    if unusable is not None:
+        problems.append(unusable)
+    if problems:
+        raise ConfigError(problems)
+
+
+def _reload_nginx(state: StateDir) -> bool:
+    """Have the gate that ``up`` runs read its file again; False when there is none just now.
+
+    One that is only starting does not know the signal yet, and may have read the older file.
+    """
+    deadline = time.monotonic() + GATE_PATIENCE
+    while True:
+        gate = remembered(state.children).get("gate")
+        if gate is not None and gate.leader_runs() and procfs.catches(gate.pid, signal.SIGHUP):
+            gate.signal_leader(signal.SIGHUP)
+            return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
 
 
 def _applications(
@@ -165,7 +227,8 @@ def _applications(
     )
 
 
-def _serve_sockets(state: StateDir, applications: tuple[Flask, Flask]) -> None:
+def _serve_sockets(state: StateDir, applications: tuple[Flask, Flask]) -> dict[Path, int]:
+    """Serve in threads of their own; give the sockets with their inodes."""
     places = (state.control_socket, state.api_socket)
     threads = (CONTROL_THREADS, API_THREADS)
     for app, path, count in zip(applications, places, threads, strict=True):
@@ -173,6 +236,15 @@ def _serve_sockets(state: StateDir, applications: tuple[Flask, Flask]) -> None:
             app, unix_socket=str(path), unix_socket_perms="600", threads=count, ident=None
         )
         threading.Thread(target=server.run, name=path.stem, daemon=True).start()
+    return {path: path.stat().st_ino for path in places}
+
+
+def _in_place(sockets: Mapping[Path, int]) -> bool:
+    """Say whether who connects to these paths still reaches us."""
+    try:
+        return all(path.stat().st_ino == inode for path, inode in sockets.items())
+    except OSError:
+        return False
 
 
 def _listen_for_signals(wishes: queue.SimpleQueue[int]) -> None:
@@ -183,9 +255,22 @@ def _listen_for_signals(wishes: queue.SimpleQueue[int]) -> None:
         signal.signal(number, heard)
 
 
-def _wait(wishes: queue.SimpleQueue[int], reloader: Reloader) -> None:
-    """Reload on SIGHUP; return on SIGTERM or SIGINT. Main thread."""
-    while wishes.get() == signal.SIGHUP:
+def _wait(
+    wishes: queue.SimpleQueue[int], reloader: Reloader, unreachable: Callable[[], bool]
+) -> bool:
+    """Reload on SIGHUP; True after SIGTERM or SIGINT, False when nobody can reach us any more.
+
+    Main thread.
+    """
+    while True:
+        try:
+            number = wishes.get(timeout=LOOK_EVERY)
+        except queue.Empty:
+            if unreachable():
+                return False
+            continue
+        if number != signal.SIGHUP:
+            return True
         try:
             reloader.reload()
         except SlurmgateError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -76,6 +77,16 @@ def processes() -> Iterator[Process]:
             process = read(int(entry))
             if process is not None and not process.ended:
                 yield process
+
+
+def catches(pid: int, number: signal.Signals) -> bool:
+    """Say whether a process has a handler for a signal, so that it will not die of it."""
+    try:
+        status = (_PROC / str(pid) / "status").read_text(errors="replace")
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return False
+    caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
 
 
 def session_members(leader: int) -> list[Process]:

@@ -20,9 +20,9 @@ log = logging.getLogger(__name__)
 WATCH_EVERY = 0.5
 
 Signature = tuple[int, int, int, int]
-GateChange = Callable[[GateSpec], "Callable[[], list[str]]"]
-"""Tries a changed gate section (ConfigError if nginx refuses it); the result puts it in force
-and gives notes for the operator."""
+GateChange = Callable[[GateSpec, GateSpec], "Callable[[], list[str]]"]
+"""Tries a changed gate section, given with the one in force (ConfigError if it cannot be used);
+the result puts it in force and gives notes for the operator. Both may raise OSError."""
 
 
 class Reloader:
@@ -31,7 +31,7 @@ class Reloader:
     def __init__(
         self,
         config: Config,
-        apply: Callable[[Config], None],
+        apply: Callable[[Config, bytes], None],
         try_gate: GateChange,
         *,
         error: str | None = None,
@@ -57,30 +57,36 @@ class Reloader:
     def reload(self) -> list[str]:
         """Read and apply the file; give notes for the operator.
 
-        Raises ConfigError, and everything stays as it was, when anything in it is wrong.
+        Raises ConfigError, and everything stays as it was, when anything in it is wrong or cannot
+        be applied.
         """
         with self._lock:
             self._seen = signature(self.config.path)
             try:
-                fresh = configuration.load(self.config.path)
-                notes = list(fresh.warnings) + self._put_in_force(fresh)
-            except SlurmgateError as error:
+                fresh, content = configuration.load_with_content(self.config.path)
+                notes = list(fresh.warnings) + self._put_in_force(fresh, content)
+            except (SlurmgateError, OSError) as error:
                 self.error = str(error)
                 log.error("configuration refused, the running one stays:\n%s", error)
+                if isinstance(error, OSError):
+                    raise ConfigError([f"cannot be applied: {error}"]) from error
                 raise
             self.error = None
             self.loaded_at = _now()
             log.info("configuration loaded: %d services", len(fresh.services))
             return notes
 
-    def _put_in_force(self, fresh: Config) -> list[str]:
+    def _put_in_force(self, fresh: Config, content: bytes) -> list[str]:
         notes = []
-        commit = self._try_gate(fresh.gate) if fresh.gate != self.config.gate else None
-        if fresh.instance != self.config.instance:
+        running = self.config
+        if fresh.instance != running.instance:
             notes.append("instance: takes effect at the next start of the backend")
-        self._apply(fresh)
+        if fresh.gate != running.gate:
+            commit = self._try_gate(fresh.gate, running.gate)
+            notes += commit()
+        self._apply(fresh, content)
         self.config = fresh
-        return notes + (commit() if commit is not None else [])
+        return notes
 
     def _watch(self) -> None:
         """Reload once the file has changed and then kept still for a round."""

@@ -1,18 +1,27 @@
-"""Ends whole sessions of processes: a leader that was started in one, and whoever it left in it.
+"""Whole sessions of processes: a leader that was started in one, and whoever it left in it.
 
-Keeps no state; callable from any thread.
+Keeps no state but the file ``remember`` writes: who runs, for a process that did not start them.
+Callable from any thread.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
+import logging
 import os
 import select
 import signal
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from slurmgate import procfs
+from slurmgate.files import write_atomic
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,3 +81,29 @@ class Session:
             if time.monotonic() > deadline:
                 return False
         return True
+
+
+def remember(path: Path, running: Mapping[str, Session]) -> None:
+    """Keep the sessions that run, by name, in a file; if that fails it is only logged."""
+    boot = procfs.boot_id()
+    entries = {name: {**dataclasses.asdict(s), "boot": boot} for name, s in running.items()}
+    try:
+        write_atomic(path, json.dumps(entries).encode())
+    except OSError as error:
+        _LOG.warning("cannot write %s: %s", path, error.strerror)
+
+
+def remembered(path: Path) -> dict[str, Session]:
+    """Read the sessions of this boot out of such a file; none when it is missing or damaged."""
+    try:
+        entries = json.loads(path.read_bytes())
+        return {
+            str(name): Session(int(entry["pid"]), int(entry["start"]), str(entry["comm"]))
+            for name, entry in entries.items()
+            if entry["boot"] == procfs.boot_id()
+        }
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        _LOG.warning("%s is damaged and ignored: %s", path, error)
+        return {}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import http.client
-import json
 import logging
 import os
 import shutil
@@ -17,17 +16,15 @@ import signal
 import socket
 import ssl
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from slurmgate import config as configuration
-from slurmgate import listening, nginx, privileges, procfs
+from slurmgate import listening, nginx, privileges
 from slurmgate.errors import ConfigError, StateError
-from slurmgate.files import write_atomic
 from slurmgate.launchers.process import MARKS, end_process_replicas
 from slurmgate.model import Config, GateSpec
-from slurmgate.sessions import Session
+from slurmgate.sessions import remember, remembered
 from slurmgate.state import StateDir, default_path
 from slurmgate.supervisor import ChildSpec, Supervisor
 
@@ -35,6 +32,9 @@ _LOG = logging.getLogger(__name__)
 
 _BACKEND_STOP = ((signal.SIGTERM, 20.0),)
 _GATE_STOP = ((signal.SIGQUIT, 3.0), (signal.SIGTERM, 1.0))
+# A stopped process (SIGSTOP, Ctrl-Z) hears SIGTERM once it goes on. Replicas that a backend cannot
+# end in this time are taken over by the next one.
+_LEFTOVER_STOP = ((signal.SIGTERM, 0.0), (signal.SIGCONT, 3.0))
 _REPLICA_STOP = 10.0
 _PROBE_TIMEOUT = 1.0
 _EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "*": "127.0.0.1", "::": "::1"}
@@ -63,8 +63,13 @@ def run(options: UpOptions) -> int:
     options = dataclasses.replace(options, config=options.config.absolute())
     for name in MARKS:  # started in a shell of a replica we are still no part of it
         os.environ.pop(name, None)
+    if not options.state_dir.exists():  # nothing of an earlier start is there: complain first
+        _check_address(_with_listen(configuration.load(options.config), options.listen).gate)
     state = _own_state(options)
-    with state.lock("up"), Supervisor(lambda running: _remember(state, running)) as supervisor:
+    with (
+        state.lock("up"),
+        Supervisor(lambda running: remember(state.children, running)) as supervisor,
+    ):
         config = _with_listen(configuration.load(options.config), options.listen)
         _end_leftovers(state, supervisor)
         state.lock("backend").release()  # a backend that somebody runs by hand: say so at once
@@ -74,10 +79,19 @@ def run(options: UpOptions) -> int:
             _serve(supervisor, (_backend(options, state), gate), config.gate)
         finally:
             supervisor.stop()
-            # A backend that was killed could not end them, one that stopped has: nothing is left.
-            end_process_replicas(state, kill_after=1.0 if supervisor.hurried else _REPLICA_STOP)
-            state.remove_run_dir()
+            _end_replicas(state, hurried=supervisor.hurried)
     return 0
+
+
+def _end_replicas(state: StateDir, *, hurried: bool) -> None:
+    """End what is left: a backend that was killed could not do it, one that stopped has."""
+    if not state.exists():
+        raise StateError(
+            f"the state directory {state.path} was removed while running; replicas of a backend"
+            " that was killed may still run"
+        )
+    end_process_replicas(state, kill_after=1.0 if hurried else _REPLICA_STOP)
+    state.remove_run_dir()
 
 
 def _serve(supervisor: Supervisor, specs: tuple[ChildSpec, ChildSpec], gate: GateSpec) -> None:
@@ -133,6 +147,9 @@ def _check_address(gate: GateSpec) -> None:
 def _prepare_gate(gate: GateSpec, state: StateDir) -> ChildSpec:
     """Render the nginx configuration, let nginx test it and say how to run it."""
     binary = nginx.find_nginx()
+    unusable = None if gate.tls is None else configuration.tls_problem(gate.tls)
+    if unusable is not None:
+        raise ConfigError([unusable])
     conf = nginx.conf_of(state)
     nginx.write(nginx.render_for(gate, state), conf)
     try:
@@ -216,33 +233,9 @@ def _address(listen: str) -> tuple[str, int]:
     return parsed
 
 
-def _remember(state: StateDir, running: Mapping[str, Session]) -> None:
-    """Keep what runs on the disk; if that fails, only a killed ``up`` would miss it."""
-    boot = procfs.boot_id()
-    entries = {name: {**dataclasses.asdict(s), "boot": boot} for name, s in running.items()}
-    try:
-        write_atomic(state.path / "children.json", json.dumps(entries).encode())
-    except OSError as error:
-        _LOG.warning("cannot write children.json: %s", error.strerror)
-
-
 def _end_leftovers(state: StateDir, supervisor: Supervisor) -> None:
     """End what a killed ``up`` left: it holds the port, the sockets and the backend's lock."""
-    path = state.path / "children.json"
-    try:
-        entries = json.loads(path.read_bytes())
-        sessions = [
-            (str(name), Session(int(entry["pid"]), int(entry["start"]), str(entry["comm"])))
-            for name, entry in entries.items()
-            if entry["boot"] == procfs.boot_id()
-        ]
-    except FileNotFoundError:
-        return
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        _LOG.warning("%s is damaged and ignored: %s", path, error)
-        return
-    for name, session in sessions:
+    for name, session in remembered(state.children).items():
         if session.members():
             _LOG.warning("ending the %s that an earlier slurmgate left behind", name)
-            stop = _BACKEND_STOP if name == "backend" else ((signal.SIGTERM, 1.0),)
-            supervisor.end(name, session, stop)
+            supervisor.end(name, session, _LEFTOVER_STOP)

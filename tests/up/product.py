@@ -99,7 +99,7 @@ class Product:
     def command(self, *args: str) -> list[str]:
         return [sys.executable, "-m", "slurmgate", *args]
 
-    def up(self, *args: str) -> Product:
+    def up(self, *args: str, listen: bool = True) -> Product:
         self.write_config()
         if "tls" in self.top.get("gate", {}):
             self.url = f"https://127.0.0.1:{self.port}"
@@ -107,7 +107,7 @@ class Product:
             "up",
             *("--config", str(self.config)),
             *("--state-dir", str(self.state_dir)),
-            *("--listen", f"127.0.0.1:{self.port}"),
+            *(("--listen", f"127.0.0.1:{self.port}") if listen else ()),
             *args,
         )
         self.process = subprocess.Popen(

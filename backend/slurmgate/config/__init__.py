@@ -8,21 +8,38 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from slurmgate.config.document import oddities, read
+from slurmgate.config.document import oddities, parse, read
 from slurmgate.config.listen import listen_problem, parse_listen
 from slurmgate.config.report import Findings, Report
 from slurmgate.config.rules import apply_rules
 from slurmgate.config.specs import build
 from slurmgate.config.structure import check_structure
+from slurmgate.config.tls import tls_problem
 from slurmgate.errors import ConfigError
 from slurmgate.model import Config
 
-__all__ = ["Findings", "examine", "listen_problem", "load", "parse_listen", "validate"]
+__all__ = [
+    "Findings",
+    "examine",
+    "listen_problem",
+    "load",
+    "load_with_content",
+    "parse_listen",
+    "tls_problem",
+    "validate",
+]
 
 
 def load(path: Path) -> Config:
     """Read and validate the file; raise ConfigError with every problem."""
-    return _config(examine(path))
+    return load_with_content(path)[0]
+
+
+def load_with_content(path: Path) -> tuple[Config, bytes]:
+    """Like ``load``; give also the bytes that were read, to keep a copy of just this version."""
+    content = read(path)
+    report = Report()
+    return _config(_examine_document(parse(content, path, report), path, report)), content
 
 
 def validate(document: object, path: Path) -> Config:
@@ -34,7 +51,7 @@ def examine(path: Path) -> Findings:
     """Read and validate the file; give problems and warnings both (``slurmgate check``)."""
     report = Report()
     try:
-        document = read(path, report)
+        document = parse(read(path), path, report)
     except ConfigError as error:
         return Findings(None, tuple(error.problems), ())
     return _examine_document(document, path, report)

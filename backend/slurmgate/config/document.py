@@ -16,9 +16,9 @@ _MAX_DEPTH = 50
 _BOM = b"\xef\xbb\xbf"
 
 
-def read(path: Path, report: Report) -> object:
-    """Parse the file; raise ConfigError when it is no JSON, report keys given twice."""
-    text = _decode(_read_bytes(path), path)
+def parse(content: bytes, path: Path, report: Report) -> object:
+    """Parse what was in a file; raise ConfigError when it is no JSON, report keys given twice."""
+    text = _decode(content, path)
     reader = _Reader()
     try:
         document = reader.parse(text)
@@ -92,7 +92,8 @@ class _Reader:
                 report.problem((*where[id(owner)], key), "is given twice; keep one of them")
 
 
-def _read_bytes(path: Path) -> bytes:
+def read(path: Path) -> bytes:
+    """Read the file as it is; raise ConfigError when that cannot be done."""
     try:
         with open(path, "rb", opener=_open_without_waiting) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
