@@ -280,6 +280,11 @@ local function try(var, waiter, service)
     return replica, replica and not granted
 end
 
+-- Its service was removed: whoever had been let through to it had asked for the right route.
+local function without_service(var, sent)
+    return (sent or var.sg_sent_to ~= "") and "upstream-failed" or "no-such-route"
+end
+
 -- One look at everything a waiter waits for: a replica, or the code of what ends the wait, or
 -- neither.
 local function look(var, waiter, wish)
@@ -305,7 +310,7 @@ local function look(var, waiter, wish)
     if replica then
         return replica, nil, unasked
     elseif not service then
-        return nil, "no-such-route"
+        return nil, without_service(var, false)
     end
     code = refusal_without_waiting(var, service)
     return nil, code or (too_late(var, service, wish) and "hold-timeout" or nil)
@@ -397,12 +402,12 @@ end
 
 local function verdict(var, sent, service)
     local timed_out = last_of(var.upstream_status) == "504"
-    if not service then
-        return "no-such-route"
+    if sent > 0 and timed_out then
+        return "upstream-timeout"
+    elseif not service then
+        return without_service(var, sent > 0)
     elseif sent == 0 then
         return tonumber(var.sg_tries) >= MAX_TRIES and "upstream-failed" or nil
-    elseif timed_out then
-        return "upstream-timeout"
     elseif (tonumber(last_of(var.upstream_bytes_received)) or 0) > 0
         or (tonumber(var.sg_replays) or 0) >= service.replay
         or tonumber(var.sg_tries) >= MAX_TRIES then

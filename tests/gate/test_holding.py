@@ -153,6 +153,34 @@ def test_a_removed_service_is_404_for_its_waiters(gate: Gate, backend: FakeBacke
         assert held.result().code == "no-such-route"
 
 
+@pytest.mark.parametrize("when", ["while it had it", "while it waits again"])
+def test_a_request_whose_service_was_removed_after_it_was_sent_is_502(
+    gate: Gate, backend: FakeBackend, echo: EchoService, when: str
+) -> None:
+    gate.expected_errors.append("prematurely closed")
+    backend.publish(service(state="ready", replicas=[replica(echo.port)]))
+    wait_until(lambda: gate.get("/llm/x").status == 200, "ready")
+    original = echo.answer
+
+    def remove_and_break(handler) -> None:
+        if handler.path == "/break" and when == "while it had it":
+            backend.publish()
+            wait_until(
+                lambda: backend.notes[-1]["snapshot"] == backend.version, "snapshot taken"
+            )
+        elif handler.path == "/break":
+            backend.publish(service(state="waking"))
+        original(handler)
+
+    echo.answer = remove_and_break  # type: ignore[method-assign]
+    with ThreadPoolExecutor() as pool:
+        sent = pool.submit(gate.get, "/llm/break")
+        if when == "while it waits again":
+            wait_until(lambda: waiting(backend) == 1, "held again")
+            backend.publish()
+        assert (sent.result().status, sent.result().code) == (502, "upstream-failed")
+
+
 def test_the_waiting_room_is_bounded(gate: Gate, backend: FakeBackend) -> None:
     backend.publish(service(max_waiting=2, hold_timeout=3))
     with ThreadPoolExecutor() as pool:
