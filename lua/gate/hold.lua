@@ -12,6 +12,7 @@ local balancer = require "gate.balancer"
 local client = require "gate.client"
 local clock = require "gate.clock"
 local notifier = require "gate.notifier"
+local prefer = require "gate.prefer"
 local problem = require "gate.problem"
 local registry = require "gate.registry"
 local settings = require "gate.settings"
@@ -158,24 +159,14 @@ end
 
 -- Refusals -----------------------------------------------------------------------------------
 
-local function wish_of(preference)
-    for item in preference:gmatch("[^,]+") do
-        local name, wish = item:match('^%s*([%w-]+)%s*=%s*"?(%d+)"?')
-        if name and name:lower() == "wait" then
-            return tonumber(wish)
-        end
-    end
-    return nil
-end
-
 -- The client's own bound in seconds (RFC 7240), out of any of several header lines
 local function prefer_wait()
     local lines = ngx.req.get_headers(0)["prefer"]
     if type(lines) == "string" then
-        return wish_of(lines)
+        return prefer.wait(lines)
     end
     for _, line in ipairs(lines or {}) do
-        local wish = wish_of(line)
+        local wish = prefer.wait(line)
         if wish then
             return wish
         end

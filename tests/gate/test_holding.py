@@ -120,6 +120,17 @@ def test_prefer_wait_shortens_the_hold(gate: Gate, backend: FakeBackend, wish: s
     assert b"hold-timeout" in answer
 
 
+def test_a_wait_that_is_no_whole_number_is_ignored(
+    gate: Gate, backend: FakeBackend, echo: EchoService
+) -> None:
+    backend.publish(service())
+    with ThreadPoolExecutor() as pool:
+        held = pool.submit(gate.get, "/llm/x", headers={"Prefer": "wait=0.2"})
+        wait_until(lambda: waiting(backend) == 1, "one waits")
+        backend.publish(service(state="ready", replicas=[replica(echo.port)]))
+        assert held.result().status == 200
+
+
 def test_hold_timeout_ends_the_wait(gate: Gate, backend: FakeBackend) -> None:
     backend.publish(service(hold_timeout=0.3))
     assert gate.get("/llm/x").code == "hold-timeout"

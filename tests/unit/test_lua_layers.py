@@ -17,12 +17,12 @@ LAYERS = (
     {"balancer", "notifier"},
     {"activity"},
     {"registry"},
-    {"router", "picker", "problem", "http"},
+    {"router", "picker", "prefer", "problem", "http"},
     {"store", "settings"},
     {"clock", "client"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-PURE = ("router", "picker")
+PURE = ("router", "picker", "prefer")
 
 COMMENT = re.compile(r"--\[(=*)\[.*?\]\1\]|--[^\n]*", re.DOTALL)
 REQUIRE = re.compile(r"""\brequire\b\s*\(?\s*(?:"([^"]*)"|'([^']*)'|(\S+))""")
