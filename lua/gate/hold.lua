@@ -321,8 +321,13 @@ local function go_on(var, waiter)
     return name
 end
 
+local function client_gone(var)
+    -- On a connection of many requests nginx itself notices the end of each.
+    return var.server_protocol ~= "HTTP/2.0" and client.gone()
+end
+
 local function wait(var, since)
-    if client.gone() then
+    if client_gone(var) then
         return ngx.exit(CLIENT_GONE)
     end
     local waiter = join(var, var.sg_service == "" and UNKNOWN or var.sg_service, since)
@@ -342,7 +347,11 @@ local function wait(var, since)
             return turn_away(var, code)
         end
         local last_look = tonumber(var.sg_since) + (wish or math.huge) - clock.now()
-        waiter.semaphore:wait(max(LEAST_WAIT_S, min(LOOK_EVERY_S, last_look)))
+        local woken = waiter.semaphore:wait(max(LEAST_WAIT_S, min(LOOK_EVERY_S, last_look)))
+        -- nginx does not see an end behind the next request that the client has sent already.
+        if not woken and client_gone(var) then
+            return ngx.exit(CLIENT_GONE)
+        end
     end
 end
 

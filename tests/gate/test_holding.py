@@ -221,6 +221,17 @@ def test_a_client_that_hangs_up_while_held_leaves_no_count(
     wait_until(lambda: nothing_held(backend), "counts given back")
 
 
+def test_a_client_that_hangs_up_behind_its_next_request_leaves_no_count(
+    gate: Gate, backend: FakeBackend
+) -> None:
+    backend.publish(service())
+    with socket.create_connection(("127.0.0.1", gate.port)) as sock:
+        sock.sendall(b"GET /llm/1 HTTP/1.1\r\nHost: a\r\n\r\n")
+        wait_until(lambda: waiting(backend) == 1, "one waits")
+        sock.sendall(b"GET /llm/2 HTTP/1.1\r\nHost: a\r\n\r\n")
+    wait_until(lambda: nothing_held(backend), "counts given back")
+
+
 def test_a_client_that_hangs_up_during_its_body_leaves_no_count(
     gate: Gate, backend: FakeBackend
 ) -> None:
