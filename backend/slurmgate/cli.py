@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -10,11 +11,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import quote
 
 from slurmgate import __version__, client
 from slurmgate.errors import BackendAway, SlurmgateError, StateError
+from slurmgate.model import GateSpec
 from slurmgate.state import StateDir, default_path, network_filesystem, safe_name
 
 EXAMPLES = """\
@@ -25,6 +27,8 @@ examples:
   slurmgate start LLM                      wake a service before the first request
   slurmgate disable                        start nothing any more; what runs goes on
 """
+
+LOOK_EVERY = 0.2
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -257,7 +261,7 @@ def run_check(args: argparse.Namespace) -> int:
     kind = network_filesystem(args.state_dir)
     if kind is not None:
         say(f"warning: {args.state_dir} is on a network file system ({kind}); use a local disk")
-    if found.config is None:
+    if found.config is None or not _tls_is_good(found.config.gate):
         return 1
     services = found.config.services
     slurm = [s.name for s in services if s.launcher is LauncherKind.SLURM]
@@ -266,6 +270,22 @@ def run_check(args: argparse.Namespace) -> int:
         return 1
     say(f"{path}: {len(services)} services, no errors")
     return 0
+
+
+def _tls_is_good(gate: GateSpec) -> bool:
+    """Say what is wrong with the certificate; files that are not for us to read are no error."""
+    from slurmgate import config
+
+    problem = None if gate.tls is None else config.tls_problem(gate.tls)
+    if gate.tls is None or problem is None:
+        return True
+    files = (gate.tls.certificate, gate.tls.key)
+    if all(os.access(file, os.R_OK) for file in files):
+        say(problem)
+        return False
+    if all(file.is_file() for file in files):  # one that is missing has its warning already
+        say(f"warning: {problem}")
+    return True
 
 
 def run_status(args: argparse.Namespace) -> int:
@@ -357,19 +377,59 @@ def run_reopen(args: argparse.Namespace) -> int:
 
 
 def run_logs(args: argparse.Namespace) -> int:
-    """``logs``."""
+    """``logs``: with ``-f`` also those of replicas that are started later."""
     state = StateDir.find(args.state_dir)
-    folder = state.logs / safe_name(args.name)
-    logs = sorted(folder.glob("*.log"), key=lambda path: path.stat().st_mtime)
-    if not logs:
-        raise StateError(f"{args.name} has no logs yet; slurmgate status lists the services")
-    with logs[-1].open("rb") as file:
+    name, known = _service_of(state, args.name)
+    folder = state.logs / safe_name(name)
+    seen = _logs(folder)
+    if not seen:
+        if known:
+            raise StateError(f"{name} has no logs yet: it was never started")
+        raise StateError(
+            f"no service {args.name}, or it has no logs yet; slurmgate status lists the services"
+        )
+    newest = seen[-1]
+    with newest.open("rb") as file:
         lines = file.read().splitlines(keepends=True)
         _show(b"".join(lines[-args.n :] if args.n > 0 else []))
-        while args.f:
-            _show(file.read())
-            time.sleep(0.2)
+        if args.f:
+            _follow(file, folder, set(seen))
     return 0
+
+
+def _service_of(state: StateDir, name: str) -> tuple[str, bool]:
+    """Give the name of a service named by name or route, and whether the backend knows it."""
+    try:
+        return str(client.call(state, "GET", f"/info/{quote(name, safe='')}")["name"]), True
+    except SlurmgateError:  # nothing runs, or the service is no longer configured
+        return name, False
+
+
+def _logs(folder: Path) -> list[Path]:
+    """List the logs of a service, the one last written to last."""
+
+    def written(path: Path) -> float:
+        try:
+            return path.stat().st_mtime
+        except FileNotFoundError:  # a start of the service removed it
+            return 0.0
+
+    return sorted(folder.glob("*.log"), key=written)
+
+
+def _follow(file: BinaryIO, folder: Path, seen: set[Path]) -> None:
+    """Show what is added, then the logs of newer replicas; until Ctrl-C."""
+    with contextlib.ExitStack() as stack:
+        while True:
+            fresh = [path for path in _logs(folder) if path not in seen]
+            _show(file.read())  # after the look for newer ones: this one may just have ended
+            for path in fresh:
+                seen.add(path)
+                sys.stderr.write(f"slurmgate: replica {path.stem}\n")
+                stack.close()
+                file = stack.enter_context(path.open("rb"))
+                _show(file.read())
+            time.sleep(LOOK_EVERY)
 
 
 def _show(output: bytes) -> None:

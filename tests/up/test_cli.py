@@ -52,6 +52,40 @@ def test_logs_can_be_followed(product):
     product.run("stop", "loud")
 
 
+def test_following_logs_goes_on_with_the_replica_that_comes_next(product):
+    product.service("short", product.script("short.sh", "echo I am $SLURMGATE_REPLICA; sleep 60"))
+    product.up()
+    product.run("start", "short")
+    until(lambda: product.replicas())
+    argv = product.command("logs", "short", "-f", "--state-dir", str(product.state_dir))
+    with subprocess.Popen(
+        argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as following:
+        assert following.stdout is not None
+        first = following.stdout.readline()
+        product.run("stop", "short")
+        product.until_state("cold", "short")
+        product.run("start", "short")
+        second = following.stdout.readline()
+        following.terminate()
+    assert first.startswith("I am ")
+    assert second.startswith("I am ")
+    assert first != second
+    product.run("stop", "short")
+
+
+def test_logs_are_found_by_route_and_a_wrong_name_is_told_from_a_silent_service(product):
+    product.service("Große Ähre", product.script("a.sh", "echo hello; sleep 60"), route_name="a")
+    product.probe("silent")
+    product.up()
+    product.run("start", "a")
+    until(lambda: product.run("logs", "a", check=False).stdout == "hello\n")
+    assert product.run("logs", "Große Ähre").stdout == "hello\n"
+    product.run("stop", "a")
+    assert "never started" in product.run("logs", "silent", check=False).stderr
+    assert "no service typo" in product.run("logs", "typo", check=False).stderr
+
+
 def test_a_service_that_is_not_there_is_named_with_the_remedy(product):
     product.probe()
     product.up()
@@ -98,6 +132,25 @@ def test_check_gives_a_line_for_every_problem(tmp_path):
     assert "Services[0].tiemout" in done.stdout
     assert "gaet" in done.stdout
     assert done.stderr == ""
+
+
+def test_check_refuses_a_key_of_another_certificate_and_warns_of_files_elsewhere(
+    tmp_path, certificate
+):
+    file = tmp_path / "services.json"
+
+    def check(**tls: str) -> subprocess.CompletedProcess[str]:
+        gate = {"tls": {**certificate, **tls}}
+        file.write_text(json.dumps({"Services": [], "gate": gate}))
+        return slurmgate("check", str(file))
+
+    assert check().returncode == 0
+    elsewhere = check(key="/etc/elsewhere.pem")
+    assert elsewhere.returncode == 0
+    assert "warning: gate.tls.key" in elsewhere.stdout
+    wrong = check(key=certificate["certificate"])
+    assert wrong.returncode == 1
+    assert wrong.stdout.startswith("gate.tls.key: ")
 
 
 def test_the_files_of_the_project_pass_the_check():
