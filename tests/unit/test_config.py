@@ -533,3 +533,52 @@ def test_warnings_are_told_beside_problems(folder: Path):
     assert found.config is None
     assert len(found.problems) == 1
     assert len(found.warnings) == 1
+
+
+@pytest.mark.parametrize(
+    ("document", "words"),
+    [
+        (service(host="a"), 'the nearest is "local_host"'),
+        (service(qqq=1), "those needed are name, route_name, api_paths"),
+        ({"Services": [], "foo": 1}, "known are $schema, Services"),
+    ],
+)
+def test_an_unknown_field_unlike_all_others_is_refused_with_what_is_known(
+    folder: Path, document: object, words: str
+):
+    [problem] = problems(document, folder)
+    assert "unknown field" in problem
+    assert words in problem
+
+
+@pytest.mark.parametrize("character", ["\x00", "\x1b", "\x7f", "\x85", "\x9b"])
+def test_a_control_character_in_a_name_is_refused(folder: Path, character: str):
+    [problem] = problems(service(name=f"a{character}b"), folder)
+    assert problem.startswith("Services[0].name: ")
+
+
+def test_a_wrong_launcher_is_not_taken_for_slurm(folder: Path):
+    found = findings(service(launcher="proces"), folder)
+    assert len(found.problems) == 1
+    assert 'did you mean "process"' in found.problems[0]
+    assert found.warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("prefix", "words"),
+    [
+        ("/größe", 'as "/gr%C3%B6%C3%9Fe"'),
+        ("/a%2eb", "%"),
+        ("/a%2Fb", "%"),
+        ("/100%", "%"),
+        ("/%0a", "%"),
+    ],
+)
+@pytest.mark.parametrize("field", ["api_paths", "no_wake"])
+def test_a_prefix_that_no_request_can_have_is_warned_about(
+    folder: Path, field: str, prefix: str, words: str
+):
+    fields: Document = {field: ["/good%20one", prefix]}
+    [warning] = findings(service(**fields), folder).warnings
+    assert warning.startswith(f"Services[0].{field}[1]: no request has this")
+    assert words in warning

@@ -44,6 +44,10 @@ class Report:
         """No more problems are taken: a file of garbage would have one for each of its bytes."""
         return self.count >= _MOST_PROBLEMS
 
+    def has_problem(self, path: JsonPath) -> bool:
+        """Say whether something is wrong at just this place."""
+        return any(where == path for where, _ in self._problems)
+
     def problem(self, path: JsonPath, text: str) -> None:
         """Note something that makes the file unusable."""
         if not self.full:
@@ -87,10 +91,13 @@ def show_value(value: object) -> str:
     return _shorten(json.dumps(value))
 
 
-def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known word most like this one, whatever its case; None when none is alike."""
+def nearest(word: str, known: Iterable[str], *, alike: float = 0.6) -> str | None:
+    """The known word most like this one, whatever its case; None when none is alike.
+
+    ``alike`` is the least likeness, between 0 and 1 for the same word.
+    """
     by_folded = {candidate.casefold(): candidate for candidate in known}
-    close = difflib.get_close_matches(word.casefold()[:_SHOWN_LENGTH], by_folded, n=1)
+    close = difflib.get_close_matches(word.casefold()[:_SHOWN_LENGTH], by_folded, n=1, cutoff=alike)
     return by_folded[close[0]] if close else None
 
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
+import re
 from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from slurmgate.config.listen import listen_problem
 from slurmgate.config.report import JsonPath, Report, show_value
@@ -34,6 +36,9 @@ _ROUTES_OF_THE_GATE = frozenset(
 )
 _ROUTE_PREFIXES_OF_THE_GATE = ("check_", "demand_")
 _ENV_OF_THE_GATE = ("SLURMGATE_PORT", "SLURMGATE_SERVICE", "SLURMGATE_REPLICA")
+_SENT_AS_IT_IS = "/%!$&'()*+,;=:@~"
+# Not an escape; a dot; a slash, a backslash or a control character.
+_NEVER_SENT = re.compile(r"%(?![0-9A-Fa-f]{2})|%(?:2[EeFf]|5[Cc]|7[Ff]|[01][0-9A-Fa-f])")
 _LARGEST_SIZE = 10**15
 
 _ORIGINAL = {
@@ -69,6 +74,8 @@ def apply_rules(document: Entry, folder: Path, report: Report) -> None:
         _environment(entry, path, report)
         _ranges(entry, path, report)
         _features_to_come(entry, path, report)
+        if report.has_problem((*path, "launcher")):
+            continue  # which of the two was meant is not known
         if _launcher(entry) == "process":
             _process(entry, path, folder, report)
         else:
@@ -136,6 +143,19 @@ def _paths(entry: Entry, path: JsonPath, report: Report) -> None:
         )
     if entry.get("api_paths") == []:
         report.warn((*path, "api_paths"), 'is empty: no request is allowed; ["/"] allows all')
+    for key in ("api_paths", "no_wake"):
+        for index, prefix in enumerate(entry.get(key, [])):
+            if prefix is not None:
+                _prefix_that_matches(prefix, (*path, key, index), report)
+
+
+def _prefix_that_matches(prefix: str, path: JsonPath, report: Report) -> None:
+    """Warn of a prefix that no ordinary request has: paths are compared as they are sent."""
+    if not prefix.isascii():
+        sent = show_value(quote(prefix, safe=_SENT_AS_IT_IS))
+        report.warn(path, f"no request has this: clients send it encoded, as {sent}")
+    elif _NEVER_SENT.search(prefix):
+        report.warn(path, "no request has this: the gate refuses, or clients never send, such a %")
 
 
 def _environment(entry: Entry, path: JsonPath, report: Report) -> None:

@@ -19,6 +19,8 @@ from slurmgate.share import schema_file
 _Wrong = dict[Step, "_Wrong | None"]
 """Steps to wrong parts of a document; None: the part there is wrong itself."""
 
+_DISTANT = 0.4  # below that a likeness is chance
+
 _KINDS = {
     bool: "true or false",
     int: "a number",
@@ -66,7 +68,7 @@ def _explain(error: ValidationError, path: JsonPath) -> Iterator[tuple[JsonPath,
             known = schema["properties"]
             for key in value:
                 if key not in known:
-                    yield (*path, key), _unknown(key, known)
+                    yield (*path, key), _unknown(key, schema)
         case "required":
             # jsonschema gives one error for each missing field, and its name only in the message.
             properties = schema["properties"]
@@ -79,13 +81,18 @@ def _explain(error: ValidationError, path: JsonPath) -> Iterator[tuple[JsonPath,
             yield path, f"{_wrong(keyword, value, schema)}; it should be {schema['title']}"
 
 
-def _unknown(key: str, known: dict[str, Any]) -> str:
+def _unknown(key: str, schema: dict[str, Any]) -> str:
+    known = schema["properties"]
     close = nearest(key, known)
     if close is not None:
         return f"unknown field; did you mean {json.dumps(close)}?"
     if len(known) <= 8:
         return f"unknown field; known are {', '.join(known)}"
-    return "unknown field"
+    distant = nearest(key, known, alike=_DISTANT)
+    if distant is not None:
+        return f"unknown field; the nearest is {json.dumps(distant)}"
+    needed = schema.get("required", known)
+    return f"unknown field; those needed are {', '.join(needed)}"
 
 
 def _wrong(keyword: str, value: object, schema: dict[str, Any]) -> str:
