@@ -118,6 +118,11 @@ function _M.reserve(var, bytes)
     return store.sum(store.workers(), ":b")
 end
 
+--- Bytes reserved in all workers.
+function _M.reserved()
+    return store.sum(store.workers(), ":b")
+end
+
 local function end_use(name, now)
     ends[name] = now
     -- The end is told before the count goes: nobody may see "none in flight, idle for long" of a

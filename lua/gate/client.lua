@@ -1,7 +1,8 @@
 -- Whether the client of the current request has hung up. nginx tells a waiting request only of an
 -- end of connection that comes after the wait began: the event of an earlier one, say right behind
 -- the last byte of a body, is spent; and it sees no end behind bytes nobody has read, such as the
--- client's next request. So whoever waits asks the kernel, when it begins and now and then. No state.
+-- client's next request. So whoever waits asks the kernel, when it begins and now and then.
+-- No state.
 --
 -- Reads the first fields of nginx's request and connection, which have had their places since 0.7.
 

@@ -33,6 +33,8 @@ local PACING_GRACE_S = 1   -- even with a shorter wish, when the service is read
 local LEASE_FACTOR, LEASE_EXTRA_S = 2, 60
 local MAX_TRIES = 9        -- nginx allows ten internal redirects; the way here took one
 local RETRY_MIN_S, RETRY_MAX_S = 0.01, 0.05
+local BODY_TURN_S = 5      -- longest wait for the turn to read a body of unknown length
+local TOO_MANY_BYTES = "Bodies of waiting requests take as many bytes as may be held."
 local UNKNOWN = "-"        -- room of requests that came before any snapshot
 local UNKNOWN_HOLD_S, UNKNOWN_MAX_WAITING = 3600, 10000
 
@@ -202,19 +204,52 @@ local function refusal_without_waiting(var, service)
     return nil
 end
 
-local function make_room(var, service)
+local function begin(var, service)
     local limit = service and service.max_waiting or UNKNOWN_MAX_WAITING
     if activity.begin_waiting(var, service and service.name or UNKNOWN) > limit then
         return "too-many-waiting"
     end
-    local length = tonumber(var.http_content_length)
-    if not length and (var.http_transfer_encoding or var.server_protocol == "HTTP/2.0") then
-        length = var.request_method ~= "GET" and settings.max_body or nil
-    end
-    if length and length > 0 and activity.reserve(var, length) > settings.max_held_bytes then
-        return "too-many-waiting", "Bodies of waiting requests take as many bytes as may be held."
-    end
     return nil
+end
+
+-- A body of unknown length may take all that is left, but only while it is read: others of unknown
+-- length wait a moment for their turn.
+local function reserve_what_is_left(var)
+    local deadline = clock.now() + BODY_TURN_S
+    repeat
+        local left = settings.max_held_bytes - activity.reserved()
+        if left > 0 then
+            if activity.reserve(var, min(settings.max_body, left)) <= settings.max_held_bytes then
+                return true
+            end
+            activity.reserve(var, 0)
+        end
+        ngx.sleep(RETRY_MIN_S + random() * (RETRY_MAX_S - RETRY_MIN_S))
+    until clock.now() > deadline
+    return false
+end
+
+-- Read the body, with as many bytes reserved as it takes; an abort of the client is seen only by a
+-- location that begins after that. Returns whether it may be held.
+local function read_body(var)
+    local length = tonumber(var.http_content_length)
+    local unknown = not length and var.request_method ~= "GET"
+        and (var.http_transfer_encoding or var.server_protocol == "HTTP/2.0")
+    local may = true
+    if unknown then
+        may = reserve_what_is_left(var)
+    elseif length and length > 0 then
+        may = activity.reserve(var, length) <= settings.max_held_bytes
+    end
+    if not may then
+        return false
+    end
+    ngx.req.read_body()
+    if unknown then
+        local taken = min(settings.max_body, tonumber(var.request_length))
+        return activity.reserve(var, taken) <= settings.max_held_bytes
+    end
+    return true
 end
 
 -- Waiting ------------------------------------------------------------------------------------
@@ -372,18 +407,15 @@ function _M.enter(var, service)
     if cold and prefer_wait() == 0 then
         return turn_away(var, "hold-timeout")
     end
-    local detail
-    code, detail = make_room(var, service)
+    code = begin(var, service)
     if code then
-        return turn_away(var, code, detail)
+        return turn_away(var, code)
     end
     if cold and not rooms[service.name] then
         notifier.kick()
     end
-    -- An abort of the client is seen only by a location that begins after the body was read.
-    ngx.req.read_body()
-    if var.sg_bytes == tostring(settings.max_body) then
-        activity.reserve(var, min(settings.max_body, tonumber(var.request_length)))
+    if not read_body(var) then
+        return turn_away(var, "too-many-waiting", TOO_MANY_BYTES)
     end
     return ngx.exec("@hold")
 end

@@ -371,6 +371,15 @@ def gate_spec() -> GateSpec:
                     max_held_bytes=3_000_000)
 
 
+CHUNKED = (
+    b"POST /llm/x HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
+)
+
+
+def chunk(body: bytes) -> bytes:
+    return b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+
+
 def test_held_bodies_are_bounded(gate: Gate, backend: FakeBackend, echo: EchoService) -> None:
     gate.expected_errors.append("too large body")
     backend.publish(service())
@@ -380,11 +389,33 @@ def test_held_bodies_are_bounded(gate: Gate, backend: FakeBackend, echo: EchoSer
         refused = gate.get("/llm/x", "POST", b"x" * 900_000)
         assert refused.code == "too-many-waiting"
         assert "bytes" in refused.json["detail"]
-        chunked = gate.raw(
-            b"POST /llm/x HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n"
-            b"Connection: close\r\n\r\n3\r\nabc\r\n0\r\n\r\n"
-        )
-        assert b"too-many-waiting" in chunked
+        assert b"too-many-waiting" in gate.raw(CHUNKED + chunk(b"x" * 400_000))
+        small = pool.submit(gate.raw, CHUNKED + chunk(b"ab"))
+        wait_until(lambda: waiting(backend) == 4, "the small one waits")
         backend.publish(service(state="ready", replicas=[replica(echo.port)]))
         assert {one.result().json["length"] for one in held} == {900_000}
+        assert b'"length": 2' in small.result()
     assert gate.get("/llm/x", "POST", b"x" * 1_000_001).code == "body-too-large"
+
+
+def test_bodies_of_unknown_length_take_turns_with_what_is_left(
+    gate: Gate, backend: FakeBackend, echo: EchoService
+) -> None:
+    backend.publish(service())
+
+    def send(index: int) -> bytes:
+        with socket.create_connection(("127.0.0.1", gate.port), timeout=20) as sock:
+            sock.sendall(CHUNKED)
+            sock.sendall(chunk(b"x" * index))
+            parts = []
+            while part := sock.recv(65536):
+                parts.append(part)
+            return b"".join(parts)
+
+    with ThreadPoolExecutor(100) as pool:
+        held = [pool.submit(send, index) for index in range(100)]
+        wait_until(lambda: waiting(backend) == 100, "all wait")
+        backend.publish(service(state="ready", replicas=[replica(echo.port)]))
+        for index, one in enumerate(held):
+            assert b'"length": %d,' % index in one.result()
+    wait_until(lambda: nothing_held(backend), "counts given back")

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 
+from tests.up.clients import Background, fetch, session
 from tests.waiting import until
+
+
+async def in_pieces():
+    """A body sent without its length."""
+    yield b"a"
+    yield b"b"
 
 
 def test_a_client_that_comes_back_after_retry_after_is_not_refused_again(product):
@@ -28,3 +36,22 @@ def test_a_client_that_comes_back_after_retry_after_is_not_refused_again(product
             1, back_at - time.monotonic() + 0.3
         )
         until(lambda back_at=back_at: time.monotonic() >= back_at)
+
+
+def test_small_bodies_of_unknown_length_are_held_where_few_bytes_may_be(product):
+    product.top["gate"] = {"max_held_bytes": 1000000}
+    product.probe(load=1)
+    product.up()
+
+    async def send_all():
+        async with session() as client:
+            return await asyncio.gather(
+                *(
+                    fetch(client, f"{product.url}/probe/digest", method="POST", data=in_pieces())
+                    for _ in range(300)
+                )
+            )
+
+    answers = Background(send_all).result()
+    assert [a.status for a in answers] == [200] * 300
+    assert {a.json["length"] for a in answers} == {2}
