@@ -15,6 +15,7 @@ local clock = require "gate.clock"
 local registry = require "gate.registry"
 local store = require "gate.store"
 
+local ipairs = ipairs
 local pairs = pairs
 local tonumber = tonumber
 
@@ -233,6 +234,21 @@ function _M.report(tags, name, now)
         wanted_s = wanted and now - wanted,
         lease_s = lease_end and (lease_end > now and lease_end - now or 0),
     }
+end
+
+--- Changes with whatever of the requests the backend's pages show: begun, waiting, in flight.
+function _M.mark()
+    local tags = store.workers()
+    local requests, waiting, uses = 0, 0, 0
+    for _, service in ipairs(registry.services()) do
+        local asked = store.counted(service.requests_key)
+        if asked > 0 then
+            requests = requests + asked
+            waiting = waiting + store.sum(tags, ":w:" .. service.name)
+            uses = uses + store.sum(tags, ":u:" .. service.name)
+        end
+    end
+    return requests .. "," .. waiting .. "," .. uses
 end
 
 return _M

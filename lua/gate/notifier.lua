@@ -3,8 +3,8 @@
 -- backend that hangs blocks nobody.
 --
 -- Per worker: whether a call is under way or asked for, when the last one began, whether the
--- backend answered it. Shared (through the store): when any worker last had traffic or waiting
--- requests.
+-- backend answered it, how many admin calls are under way. Shared (through the store): when any
+-- worker last had traffic or waiting requests, the newest call the backend answered.
 
 local cjson = require "cjson.safe"
 
@@ -40,6 +40,7 @@ local asked_again = false
 local last_call = 0
 local last_signal = 0
 local began_then = 0
+local hurries = 0 -- admin calls under way
 local reachable = true
 local on_change
 
@@ -106,7 +107,7 @@ local function take(body, basis)
     if store.put_snapshot(basis, name, text, clock.now()) then
         registry.refresh()
         on_change()
-        asked_again = asked_again or any_draining()
+        asked_again = asked_again or hurries > 0 or any_draining()
     end
     return true
 end
@@ -167,18 +168,41 @@ end
 --- Have the backend confirm this view, unless it did so a moment ago. A refusal that rests on an
 --- older view may be out of date: an operator has just added the service, or switched it on. Waits
 --- half a second at most, and not at all while the backend is away. Returns whether the view is
---- another now.
-function _M.confirm()
+--- another now. With `fresh` zero only a call that begins from now on will do: then the backend
+--- also knows of every request so far.
+function _M.confirm(fresh)
     local began, before = clock.now(), registry.version()
-    while reachable and (store.time("confirmed") or 0) < began - FRESH_S do
+    local since = began - (fresh or FRESH_S)
+    while reachable and (store.time("confirmed") or 0) < since do
         if clock.now() - began > CONFIRM_WITHIN_S then
             break
         end
-        _M.kick()
+        -- A call that began early enough need only end.
+        if last_call < since then
+            _M.kick()
+        end
         sleep(CONFIRM_LOOK_S)
     end
     registry.refresh()
     return registry.version() ~= before
+end
+
+--- An admin call goes to the backend, whose answer waits until the gate has the snapshot that comes
+--- of it: until `calm_down` the calls come as often as while requests wait.
+function _M.hurry()
+    hurries = hurries + 1
+    last_signal = clock.now()
+    store.advance_time("seen:waiting", last_signal)
+end
+
+--- That admin call has ended.
+function _M.calm_down()
+    hurries = hurries - 1
+end
+
+--- Whether an admin call of this worker is under way.
+function _M.hurries()
+    return hurries > 0
 end
 
 --- Tell the leader what sets the pace of its calls; every worker's tick.
@@ -187,7 +211,7 @@ function _M.signal(now, waiting)
         return
     end
     last_signal = now
-    if waiting then
+    if waiting or hurries > 0 then
         store.advance_time("seen:waiting", now)
     elseif activity.holding() > 0 or activity.began() ~= began_then then
         began_then = activity.began()

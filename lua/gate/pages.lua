@@ -1,22 +1,33 @@
--- The gate's own pages: whether it lives, and the backend's pages with a copy kept for half a
--- second, so that nobody's curiosity delays the backend. Per worker: fetches under way, which
--- others wait for. Shared (through the store): the copies.
+-- The gate's own pages: whether it lives, and the backend's pages. A copy of those is kept for half
+-- a second and serves as long as nothing changed; within that time a page is fetched a few times at
+-- most, whoever comes then waits and shares the next. So nobody's curiosity delays the backend, and
+-- nobody sees less than what the gate had done before he asked. Per worker: fetches under way.
+-- Shared (through the store): the copies, and how often each was fetched.
 
 local semaphore = require "ngx.semaphore"
 
+local activity = require "gate.activity"
+local clock = require "gate.clock"
 local http = require "gate.http"
+local notifier = require "gate.notifier"
 local problem = require "gate.problem"
 local registry = require "gate.registry"
 local settings = require "gate.settings"
 local store = require "gate.store"
 
+local sleep = ngx.sleep
+local timer_at = ngx.timer.at
 local tonumber = tonumber
 
 local KEEP_S = 0.5
+local FETCHES = 4 -- of one page within that time
+local TURN_LOOK_S = 0.02
+local JOBS = 4    -- waited for at most: one that began before the request came may not do
 local FETCH_TIMEOUT_S = 10
+local JOB_TIMEOUT_S = FETCH_TIMEOUT_S + 2
 local PAGE_LIMIT = 64 * 1024 * 1024
 
-local fetching = {} -- page key → {semaphore, waiting, text}
+local fetching = {} -- page key → job
 
 local _M = {}
 
@@ -43,41 +54,82 @@ local function fetch(uri, private)
     return page.status .. " " .. content_type .. "\n" .. page.body
 end
 
-local function fetch_for_all(key, uri, private)
-    local job = { semaphore = semaphore.new(0), waiting = 0 }
-    fetching[key] = job
-    local done, text, err = pcall(fetch, uri, private)
-    fetching[key] = nil
+-- What a page shows is the same as long as this is: the snapshot, what the backend was told by
+-- operators, the counts of requests.
+local function mark_now()
+    return (store.version() or "") .. "," .. store.outdated() .. "," .. activity.mark()
+end
+
+-- Runs in a timer: a client that leaves takes nobody's answer with it.
+local function run(_, job)
+    while not store.may_fetch(job.key, FETCHES, KEEP_S) do
+        sleep(TURN_LOOK_S)
+    end
+    job.began = clock.now()
+    job.mark = mark_now()
+    notifier.confirm(0)
+    local done, text, err = pcall(fetch, job.path, job.private)
     if not done then
         text, err = nil, text
     end
     if text then
-        store.keep_page(key, text, KEEP_S)
+        store.keep_page(job.key, text, job.began, job.mark, KEEP_S)
     else
-        ngx.log(ngx.WARN, "page ", uri:match("^[^?]*"), ": ", err)
+        ngx.log(ngx.WARN, "page ", job.path, ": ", err)
     end
-    job.text = text
+    job.text, job.failed = text, not text
+    fetching[job.key] = nil
     if job.waiting > 0 then
         job.semaphore:post(job.waiting)
     end
-    return text
 end
 
-local function wait_for(job)
-    job.waiting = job.waiting + 1
-    job.semaphore:wait(FETCH_TIMEOUT_S)
-    return job.text
+local function start(key, path, private)
+    local job = {
+        key = key, path = path, private = private, semaphore = semaphore.new(0), waiting = 0,
+    }
+    local ok, err = timer_at(0, run, job)
+    if not ok then
+        ngx.log(ngx.WARN, "page timer: ", err)
+        return nil
+    end
+    fetching[key] = job
+    return job
+end
+
+local function kept(key, arrived)
+    local text, began, mark = store.page(key)
+    if text and (began >= arrived or mark == mark_now()) then
+        return text
+    end
+    return nil
+end
+
+-- A page as it was when the request came, or later.
+local function page_since(key, path, private, arrived)
+    for _ = 1, JOBS do
+        local text = kept(key, arrived)
+        if text then
+            return text
+        end
+        local job = fetching[key] or start(key, path, private)
+        if not job then
+            return nil
+        end
+        job.waiting = job.waiting + 1
+        job.semaphore:wait(JOB_TIMEOUT_S)
+        if job.failed then
+            return nil
+        elseif job.text and (job.began >= arrived or job.mark == mark_now()) then
+            return job.text
+        end
+    end
+    return nil
 end
 
 local function backend_page(var)
-    local uri, private = var.request_uri, var.sg_private
-    local key = private .. uri
-    local text = store.page(key)
-    if not text then
-        local job = fetching[key]
-        text = job and wait_for(job)
-        text = text or fetch_for_all(key, uri, private)
-    end
+    local path, private = var.request_uri:match("^[^?]*"), var.sg_private
+    local text = page_since(private .. path, path, private, clock.now())
     if not text then
         return problem.send("backend-away", {})
     end
@@ -98,7 +150,23 @@ local function admin(var)
     if (tonumber(var.http_content_length) or 0) > settings.admin_max_body then
         return problem.send("body-too-large", {})
     end
+    store.outdate_pages()
+    var.sg_admin = "1"
+    notifier.hurry()
     return ngx.exec("@api")
+end
+
+--- The backend has answered an admin call, and nobody has its answer yet.
+function _M.changed()
+    store.outdate_pages()
+end
+
+--- An admin call has ended, however it did; the log phase.
+function _M.forget(var)
+    if notifier.hurries() and var.sg_admin == "1" then
+        var.sg_admin = ""
+        notifier.calm_down()
+    end
 end
 
 --- Answer a request for one of the gate's own pages; `kind` as router.match says. Does not return.

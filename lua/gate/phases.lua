@@ -98,6 +98,11 @@ function _M.error()
     return problem.send(code, {})
 end
 
+--- The header of the backend's answer to an admin call is about to be sent.
+function _M.admin_answered()
+    return pages.changed()
+end
+
 --- The backend did not take an admin call.
 function _M.backend_away()
     return problem.send("backend-away", {})
@@ -107,6 +112,7 @@ end
 function _M.log()
     local var = ngx.var
     hold.forget(var)
+    pages.forget(var)
     hold.advance(activity.release(var, ngx.status ~= CLIENT_GONE))
 end
 

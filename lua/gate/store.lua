@@ -3,7 +3,7 @@
 -- sg_counts  numbers of requests, keyed by worker; a dict of its own, because an evicted count
 --            would come back as a negative one
 -- sg_state   the snapshot and its version, the workers' slots, health, demand, leases
--- sg_pages   half-second copies of the backend's pages
+-- sg_pages   half-second copies of the backend's pages, and how often each was fetched
 --
 -- A worker is known by its tag "pid.start time", so a recycled pid is never taken for a dead
 -- worker. Per worker: this worker's tag. Everything else is shared.
@@ -339,14 +339,35 @@ end
 
 -- Pages --------------------------------------------------------------------------------------
 
---- A page kept for a moment; best effort.
-function _M.keep_page(key, text, seconds)
-    pages:set(key, text, seconds)
+--- A page kept for a moment; best effort. `began` is when its fetch began, `mark` what was told
+--- of the gate's state then.
+function _M.keep_page(key, text, began, mark, seconds)
+    pages:set(key, format("%.6f %s\n", began, mark) .. text, seconds)
 end
 
---- A page that was kept, or nil.
+--- A page that was kept, when its fetch began, and its mark; or nil.
 function _M.page(key)
-    return pages:get(key)
+    local kept = pages:get(key)
+    if not kept then
+        return nil
+    end
+    local began, mark, at = kept:match("^(%S+) (%S*)\n()")
+    return kept:sub(at), tonumber(began), mark
+end
+
+--- Whether a page may be fetched now: `limit` times within so many seconds, in all workers.
+function _M.may_fetch(key, limit, seconds)
+    return (pages:incr("fetches:" .. key, 1, 0, seconds) or 0) <= limit
+end
+
+--- Note that something may have changed which only the backend knows of.
+function _M.outdate_pages()
+    state:incr("outdated", 1, 0)
+end
+
+--- How often that was noted.
+function _M.outdated()
+    return state:get("outdated") or 0
 end
 
 return _M

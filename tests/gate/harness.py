@@ -59,6 +59,7 @@ class FakeBackend:
         self.pages: dict[str, tuple[int, str]] = {}
         self.calls: list[tuple[str, str, dict[str, str]]] = []
         self.on_note: Callable[[dict[str, Any]], None] = lambda note: None
+        self.on_call: Callable[[str, str], None] = lambda method, path: None
         self._epoch = "0001"
         self._n = 0
         self._services: list[dict[str, Any]] | None = None
@@ -130,6 +131,7 @@ class FakeBackend:
         class Api(_Handler):
             def do_GET(self) -> None:
                 backend.calls.append((self.command, self.path, dict(self.headers)))
+                backend.on_call(self.command, self.path)
                 status, text = backend.pages.get(self.path, (404, "{}"))
                 self.reply(status, text.encode())
 

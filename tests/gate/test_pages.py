@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
 
@@ -103,6 +106,87 @@ def test_pages_come_from_the_backend_and_are_kept_for_a_moment(
     calls = [call for call in backend.calls if call[1] == "/info"]
     assert len(calls) <= 10
     assert {call[2]["X-Slurmgate-Private"] for call in calls} == {"1"}
+
+
+def info_calls(backend: FakeBackend) -> int:
+    return sum(call[1] == "/info" for call in backend.calls)
+
+
+def test_a_page_is_fetched_by_its_path_alone(ready: Gate, backend: FakeBackend) -> None:
+    backend.pages["/info"] = (200, "{}")
+    assert {ready.get(f"/info?{i}").status for i in range(20)} == {200}
+    assert {call[1] for call in backend.calls} == {"/info"}
+    assert info_calls(backend) <= 5
+
+
+def test_info_shows_what_was_answered_before(ready: Gate, backend: FakeBackend) -> None:
+    def show_counts(method: str, path: str) -> None:
+        backend.pages["/info"] = (200, json.dumps(backend.service_note("LLM")))
+
+    backend.on_call = show_counts
+    for number in range(1, 9):
+        assert ready.get("/llm/x").status == 200
+        shown = ready.get("/info").json
+        assert (shown["requests"], shown["waiting"], shown["in_flight"]) == (number, 0, 0)
+    assert info_calls(backend) == 8
+
+
+def test_info_is_fresh_when_there_is_another_snapshot(
+    ready: Gate, backend: FakeBackend
+) -> None:
+    backend.pages["/info"] = (200, "1")
+    for number in range(2, 5):
+        ready.get("/info")
+        backend.pages["/info"] = (200, str(number))
+        backend.publish(service(max_waiting=number))
+        ready.get("/nothing")  # refused only after asking the backend
+        wait_until(
+            lambda: backend.notes[-1]["snapshot"] == backend.version, "snapshot taken"
+        )
+        assert ready.get("/info").json == number
+
+
+def test_info_is_fresh_after_an_admin_call(ready: Gate, backend: FakeBackend) -> None:
+    backend.pages["/admin/reload"] = (200, "{}")
+    backend.pages["/info"] = (200, "0")
+    for number in range(1, 6):
+        ready.get("/info")
+        backend.pages["/info"] = (200, str(number))
+        assert ready.get("/admin/reload", "POST").status == 200
+        assert ready.get("/info").json == number
+
+
+def test_a_client_that_leaves_takes_no_page_with_it(ready: Gate, backend: FakeBackend) -> None:
+    backend.pages["/info"] = (200, "{}")
+    goes_on = threading.Event()
+    backend.on_call = lambda method, path: (goes_on.wait(20), None)[1]
+    for _ in range(8):
+        with socket.create_connection(("127.0.0.1", ready.port)) as sock:
+            sock.sendall(b"GET /info HTTP/1.1\r\nHost: a\r\n\r\n")
+            wait_until(lambda: backend.calls, "fetch begun")
+    goes_on.set()
+    assert ready.get("/info", timeout=5).status == 200
+
+
+def test_the_backend_is_told_often_while_an_admin_call_is_under_way(
+    ready: Gate, backend: FakeBackend
+) -> None:
+    backend.pages["/admin/reload"] = (200, "{}")
+
+    told: list[bool] = []
+
+    def wait_for_gate(method: str, path: str) -> None:
+        # As the real one: its answer waits until the gate has the new snapshot.
+        for number in range(10):
+            backend.publish(service(max_waiting=number + 1))
+            end = time.monotonic() + 0.2
+            while backend.notes[-1]["snapshot"] != backend.version and time.monotonic() < end:
+                time.sleep(0.005)
+            told.append(backend.notes[-1]["snapshot"] == backend.version)
+
+    backend.on_call = wait_for_gate
+    assert ready.get("/admin/reload", "POST").status == 200
+    assert told == [True] * 10
 
 
 def test_admin_calls_are_passed_on_and_get_changes_nothing(
