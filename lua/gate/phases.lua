@@ -58,6 +58,9 @@ function _M.access()
         target, query = registry.match(uri)
     end
     local kind = target.kind
+    if target.printable then
+        var.sg_path = target.printable
+    end
     if kind == "service" then
         return serve(var, target, query)
     elseif PAGES[kind] then
@@ -87,12 +90,12 @@ end
 function _M.error()
     local var = ngx.var
     -- A request line that could not be parsed is known only as a whole.
-    local path = (var.request or ""):match("^%S+ ([^? ]*)") or ""
+    local path = (var.request or ""):match("^[!-~]+ ([^? ]*)") or ""
     local code = problem.code_of(ngx.status)
     if code == "bad-request" and path ~= "" and not router.safe(path) then
         code = "bad-path"
     end
-    var.sg_path = path
+    var.sg_path = router.printable(path) or path
     hold.forget(var)
     activity.abandon(var)
     return problem.send(code, {})

@@ -162,14 +162,16 @@ function _M.complete()
     return complete
 end
 
---- Match a raw request URI. Returns what router.match says of its path, and the query with its
---- question mark, or nil. Clients ask for few paths many times, so answers are kept.
+--- Match a raw request URI. Returns what router.match says of its path (and `printable`, the path
+--- for the log, if it is not), and the query with its question mark, or nil. Clients ask for few
+--- paths many times, so answers are kept.
 function _M.match(uri)
     local mark = find(uri, "?", 1, true)
     local path = mark and sub(uri, 1, mark - 1) or uri
     local target = matches[path]
     if not target then
         target = router.match(by_route, path)
+        target.printable = router.printable(path)
         if matches_kept >= MATCHES_KEPT then
             matches, matches_kept = {}, 0
         end

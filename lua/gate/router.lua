@@ -3,6 +3,7 @@
 -- what is checked here is what the service sees.
 
 local find = string.find
+local format = string.format
 local sub = string.sub
 local byte = string.byte
 local tonumber = tonumber
@@ -97,6 +98,16 @@ local function own_page(path, segment)
         end
     end
     return nil
+end
+
+--- A path with everything but printable ASCII percent-encoded; nil if it needs no change.
+function _M.printable(path)
+    if not find(path, "[^!-~]") then
+        return nil
+    end
+    return (path:gsub("[^!-~]", function(char)
+        return format("%%%02X", byte(char))
+    end))
 end
 
 --- Match a raw path (without query) against `routes`: route name → service, whose `api_prefixes`

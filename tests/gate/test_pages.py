@@ -228,16 +228,62 @@ def test_requests_nginx_itself_refuses_are_problems(ready: Gate) -> None:
     assert b"headers-too-large" in headers
 
 
+def logged(gate: Gate, count: int) -> list[dict]:
+    """Lines of the access log about a test's own requests, once there are so many."""
+
+    def read() -> list[dict]:
+        text = (gate.folder / "access.log").read_bytes().decode()
+        assert "secret" not in text
+        lines = [json.loads(line) for line in text.splitlines()]
+        return [line for line in lines if line["path"] != "/readyz"]
+
+    wait_until(lambda: len(read()) >= count, "log written")
+    return read()
+
+
 def test_the_access_log_has_json_lines_without_queries(ready: Gate) -> None:
     ready.get("/nothing?secret")
     ready.raw(b"GET /llm/../y?secret HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
     ready.raw(b"nonsense\r\n\r\n")
     ready.get("/llm/x?secret")
-    log = ready.folder / "access.log"
-    wait_until(lambda: '"tries":"1"' in log.read_text(), "log written")
-    text = log.read_text()
-    assert "secret" not in text
-    lines = [json.loads(line) for line in text.splitlines()]
-    first = next(line for line in lines if line["path"] == "/llm/x")
-    assert (first["status"], first["service"], first["replica"]) == (200, "LLM", "r1")
-    assert (first["waited"], first["tries"]) == ("0.000", "1")
+    lines = logged(ready, 4)
+    served = next(line for line in lines if line["path"] == "/llm/x")
+    assert (served["status"], served["service"], served["replica"]) == (200, "LLM", "r1")
+    assert (served["waited"], served["tries"], served["method"]) == (0, 1, "GET")
+    refused = next(line for line in lines if line["path"] == "/nothing")
+    assert (refused["waited"], refused["tries"]) == (0, 0)
+
+
+REST = b" HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "method", "path", "status"),
+    [
+        (b"POST /llm/a/../b?secret" + REST + b"Content-Length: 0\r\n\r\n", "POST",
+         "/llm/a/../b", 400),
+        (b"GET http://b/llm//a%20b?secret" + REST + b"\r\n", "GET", "/llm//a%20b", 200),
+        (b"GET /llm/\xc3\xa9\xff?secret\xff" + REST + b"\r\n", "GET", "/llm/%C3%A9%FF", 200),
+        (b"GET /llm/x?secret\xff" + REST + b"\r\n", "GET", "/llm/x", 200),
+        (b"POST /llm/%zz?secret" + REST + b"\r\n", "POST", "/llm/%zz", 400),
+        (b"PUT /llm/\xff%zz?secret" + REST + b"\r\n", "PUT", "/llm/%FF%zz", 400),
+        (b"POST /admin/x?secret" + REST + b"Content-Length: 70000\r\n\r\n", "POST",
+         "/admin/x", 413),
+        (b"POST /llm/x?secret" + REST + b"X: " + b"x" * 70_000 + b"\r\n\r\n", "POST", "/llm/x",
+         431),
+        (b"TRACE /llm/x?secret" + REST + b"\r\n", "TRACE", "/llm/x", 405),
+        (b"POST /llm/x?secret" + REST + b"Content-Length: -1\r\n\r\n", "POST", "/llm/x", 400),
+        (b"POST /llm/" + b"x" * 70_000 + REST + b"\r\n", "POST", None, 414),
+        (b"\xff\xfe /\xff" + REST + b"\r\n", None, None, 400),
+    ],
+)
+def test_the_access_log_has_method_and_path_as_they_came(
+    ready: Gate, request_bytes: bytes, method: str | None, path: str | None, status: int
+) -> None:
+    ready.raw(request_bytes)
+    line = logged(ready, 1)[0]
+    assert line["status"] == status
+    if method is not None:
+        assert line["method"] == method
+    if path is not None:
+        assert line["path"] == path

@@ -92,3 +92,13 @@ describe("match", function()
         assert.are.equal("bad-path", router.match(routes, "/llm/../info").kind)
     end)
 end)
+
+describe("a path for the log", function()
+    it("is itself when it is printable", function()
+        assert.is_nil(router.printable("/llm/a%20b;c?d~"))
+    end)
+
+    it("has other bytes encoded", function()
+        assert.are.equal("/%C3%A9%20%0A%7F", router.printable("/\195\169 \n\127"))
+    end)
+end)
