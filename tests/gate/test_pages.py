@@ -67,6 +67,15 @@ def test_headers_to_the_service_and_back(ready: Gate) -> None:
     assert len(made.headers["X-Request-Id"]) < 100
 
 
+def test_a_request_without_host_reaches_the_service_with_the_address_asked(ready: Gate) -> None:
+    answer = ready.raw(b"GET /llm/x HTTP/1.0\r\n\r\n")
+    sent = json.loads(answer.partition(b"\r\n\r\n")[2])["headers"]
+    assert sent["Host"] == f"127.0.0.1:{ready.port}"
+    assert sent["X-Forwarded-Host"] == f"127.0.0.1:{ready.port}"
+    named = ready.raw(b"GET http://b/llm/x HTTP/1.0\r\n\r\n")
+    assert json.loads(named.partition(b"\r\n\r\n")[2])["headers"]["Host"] == "b"
+
+
 def test_answer_headers_of_64_kb_pass(ready: Gate) -> None:
     assert len(ready.get("/llm/header/65000").headers["X-Long"]) == 65000
 
