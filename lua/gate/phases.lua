@@ -91,14 +91,14 @@ function _M.error()
     local var = ngx.var
     -- A request line that could not be parsed is known only as a whole.
     local path = (var.request or ""):match("^[!-~]+ ([^? ]*)") or ""
-    local code = problem.code_of(ngx.status)
+    local code, detail = problem.code_of(ngx.status)
     if code == "bad-request" and path ~= "" and not router.safe(path) then
         code = "bad-path"
     end
     var.sg_path = router.printable(path) or path
     hold.forget(var)
     activity.abandon(var)
-    return problem.send(code, {})
+    return problem.send(code, { detail = detail })
 end
 
 --- The header of the backend's answer to an admin call is about to be sent.

@@ -69,14 +69,19 @@ local BY_STATUS = {
     [502] = "upstream-failed", [503] = "backend-away", [504] = "upstream-timeout",
 }
 
+-- Statuses of nginx's own that the detail of their code says too little about
+local DETAILS = {
+    [497] = "This port speaks HTTPS; the request came as plain HTTP.",
+}
+
 -- States whose estimate is a time left of a start or a backoff, not of a start that may begin later
 local RUNS_DOWN = { waking = true, failed = true }
 
 local _M = {}
 
---- The code for a status nginx itself came up with.
+--- The code for a status nginx itself came up with, and what to say of it if there is more to say.
 function _M.code_of(status)
-    return BY_STATUS[status] or (status < 500 and "bad-request" or "internal")
+    return BY_STATUS[status] or (status < 500 and "bad-request" or "internal"), DETAILS[status]
 end
 
 --- Seconds for the Retry-After of a code: what the client is told (at most 60), and the true

@@ -51,6 +51,9 @@ def test_http2_over_tls_through_a_hold(
             backend.publish(service(state="ready", replicas=[replica(echo.port)]))
             answer = client.post(url + "/llm/x", content=iter([b"abc", b"def"]))
         assert (answer.http_version, answer.status_code) == ("HTTP/2", 200)
+        plain = gate.get("/llm/x")
+        assert (plain.status, plain.code) == (400, "bad-request")
+        assert "HTTPS" in plain.json["detail"]
         assert answer.json()["headers"]["X-Forwarded-Proto"] == "https"
         wait_until(lambda: backend.service_note("LLM")["in_flight"] == 0, "counts given back")
     finally:
