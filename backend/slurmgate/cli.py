@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import quote
 
-from slurmgate import __version__, client
+from slurmgate import __version__, client, procfs
 from slurmgate.errors import BackendAway, SlurmgateError, StateError
 from slurmgate.model import GateSpec
 from slurmgate.state import StateDir, default_path, network_filesystem, safe_name
@@ -29,6 +29,7 @@ examples:
 """
 
 LOOK_EVERY = 0.2
+GATE_PROGRAMS = ("nginx", "openresty")
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -369,7 +370,10 @@ def run_reopen(args: argparse.Namespace) -> int:
     """``reopen-logs``: nginx reopens on SIGUSR1."""
     path = StateDir.find(args.state_dir).nginx_pid
     try:
-        os.kill(int(path.read_text()), signal.SIGUSR1)
+        gate = procfs.read(int(path.read_text()))
+        if gate is None or gate.comm not in GATE_PROGRAMS:  # the pid is somebody else's by now
+            raise BackendAway(f"no gate runs here ({path} names no nginx)")
+        os.kill(gate.pid, signal.SIGUSR1)
     except (OSError, ValueError) as error:
         raise BackendAway(f"no gate runs here ({path}: {error})") from error
     say("logs reopened")

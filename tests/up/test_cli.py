@@ -112,6 +112,21 @@ def test_the_access_log_is_json_without_queries_and_can_be_rotated(product):
     until(lambda: log.exists() and "id-2" in log.read_text())
 
 
+def test_reopening_logs_signals_no_stranger(product):
+    product.probe()
+    product.up()
+    pid_file = product.run_dir / "nginx.pid"
+    right = pid_file.read_text()
+    with subprocess.Popen(["sleep", "1000"]) as stranger:
+        pid_file.write_text(f"{stranger.pid}\n")
+        done = product.run("reopen-logs", check=False)
+        pid_file.write_text(right)
+        assert done.returncode == 1
+        assert "no gate runs here" in done.stderr
+        assert stranger.poll() is None
+        stranger.terminate()
+
+
 def test_a_second_instance_on_one_state_directory_is_refused(product):
     product.probe()
     product.up()

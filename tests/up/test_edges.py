@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 
+import httpx
 import pytest
 
 from tests.up.product import alive, free_port
@@ -36,6 +38,12 @@ def followed(product):
     return product.up(listen=False)
 
 
+def serves(product) -> bool:
+    with contextlib.suppress(httpx.TransportError):
+        return product.get("/readyz").status_code == 200
+    return False
+
+
 # a changed gate section
 
 
@@ -44,11 +52,16 @@ def test_a_gate_section_changed_while_nginx_is_down_is_a_note_and_in_force_later
     product.top["gate"] = {"workers": 1}
     product.probe()
     product.up()
+    assert product.process is not None
+    product.process.send_signal(signal.SIGSTOP)  # so that nothing starts nginx again
     os.kill(product.nginx_master(), signal.SIGKILL)
     (product.run_dir / "nginx.pid").write_text("no number\n")
-    product.top["gate"] = {"workers": 2}
+    product.top.update({"gate": {"workers": 2}, "watch": False})
     product.write_config()
-    assert "nginx" in product.run("reload").stdout
+    note = product.run("reload").stdout
+    product.process.send_signal(signal.SIGCONT)
+    assert "nginx is restarting and will read the new file" in note
+    until(lambda: serves(product))
     until(lambda: len(product.nginx_workers()) == 2)
     assert product.get("/probe/").status_code == 200
 
