@@ -90,7 +90,7 @@ local function last_tick()
     repeat
         local quick = guarded()
         sleep(quick and QUICK_S or TICK_S)
-    until activity.holding() == 0
+    until activity.holding() == 0 and not notifier.hurries()
     guarded()
     store.abdicate()
 end

@@ -60,21 +60,27 @@ local function mark_now()
     return (store.version() or "") .. "," .. store.outdated() .. "," .. activity.mark()
 end
 
--- Runs in a timer: a client that leaves takes nobody's answer with it.
-local function run(_, job)
+local function do_job(job)
     while not store.may_fetch(job.key, FETCHES, KEEP_S) do
         sleep(TURN_LOOK_S)
     end
     job.began = clock.now()
     job.mark = mark_now()
     notifier.confirm(0)
-    local done, text, err = pcall(fetch, job.path, job.private)
+    local text, err = fetch(job.path, job.private)
+    if text then
+        store.keep_page(job.key, text, job.began, job.mark, KEEP_S)
+    end
+    return text, err
+end
+
+-- Runs in a timer: a client that leaves takes nobody's answer with it.
+local function run(_, job)
+    local done, text, err = pcall(do_job, job)
     if not done then
         text, err = nil, text
     end
-    if text then
-        store.keep_page(job.key, text, job.began, job.mark, KEEP_S)
-    else
+    if not text then
         ngx.log(ngx.WARN, "page ", job.path, ": ", err)
     end
     job.text, job.failed = text, not text

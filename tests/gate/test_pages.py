@@ -136,8 +136,10 @@ def test_info_shows_what_was_answered_before(ready: Gate, backend: FakeBackend) 
     for number in range(1, 9):
         assert ready.get("/llm/x").status == 200
         shown = ready.get("/info").json
-        assert (shown["requests"], shown["waiting"], shown["in_flight"]) == (number, 0, 0)
-    assert info_calls(backend) == 8
+        assert (shown["requests"], shown["waiting"]) == (number, 0)
+        # The count of a request ends behind its last byte.
+        wait_until(lambda: ready.get("/info").json["in_flight"] == 0, "none in flight", 1)
+    assert info_calls(backend) <= 20
 
 
 def test_info_is_fresh_when_there_is_another_snapshot(
@@ -177,8 +179,9 @@ def test_a_client_that_leaves_takes_no_page_with_it(ready: Gate, backend: FakeBa
     assert ready.get("/info", timeout=5).status == 200
 
 
+@pytest.mark.parametrize("reloaded", [False, True], ids=["", "and the gate is reloaded"])
 def test_the_backend_is_told_often_while_an_admin_call_is_under_way(
-    ready: Gate, backend: FakeBackend
+    ready: Gate, backend: FakeBackend, reloaded: bool
 ) -> None:
     backend.pages["/admin/reload"] = (200, "{}")
 
@@ -186,6 +189,11 @@ def test_the_backend_is_told_often_while_an_admin_call_is_under_way(
 
     def wait_for_gate(method: str, path: str) -> None:
         # As the real one: its answer waits until the gate has the new snapshot.
+        before = set(ready.workers())
+        if reloaded:
+            ready.reload()
+            wait_until(lambda: not before <= set(ready.workers()), "new workers")
+            wait_until(lambda: len(before & set(ready.workers())) == 1, "one old worker stays")
         for number in range(10):
             backend.publish(service(max_waiting=number + 1))
             end = time.monotonic() + 0.2
