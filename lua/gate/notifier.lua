@@ -21,6 +21,7 @@ local format = string.format
 local ipairs = ipairs
 local max = math.max
 local pairs = pairs
+local type = type
 
 local CALL_TIMEOUT_S = 2
 local ANSWER_LIMIT = 64 * 1024 * 1024
@@ -96,12 +97,23 @@ local function any_draining()
     return false
 end
 
+-- Leases that the backend has ended shall not come back with its next start.
+local function end_leases(entries, now)
+    for _, entry in ipairs(entries) do
+        local age = entry.leases_void_s
+        if type(age) == "number" then
+            store.void_demand(entry.name, now - age)
+        end
+    end
+end
+
 local function take(body, basis)
     local down = cjson.decode(body)
     local version = down and down.version
     if not version or not down.services then
         return nil, "answer without version or services"
     end
+    end_leases(down.services, clock.now())
     local text = keep_unknown(down) or body
     local name = format("%s:%d", version.epoch, version.n)
     if store.put_snapshot(basis, name, text, clock.now()) then

@@ -297,6 +297,15 @@ function _M.grown(replica, now, window)
     return state:get("grow:" .. replica .. ":" .. floor(now / window)) or 0
 end
 
+--- Forget demand that was noted before a point in time.
+function _M.void_demand(service, before)
+    local wanted = state:get("wanted:" .. service)
+    if wanted and wanted <= before then
+        state:delete("wanted:" .. service)
+        state:delete("lease:" .. service)
+    end
+end
+
 --- Result of the last poll of one generation of a replica: "up", "down" or "unknown", and words.
 function _M.set_health(replica, gen, health, detail, seconds)
     state:set("health:" .. replica, gen .. " " .. health .. " " .. detail, seconds)

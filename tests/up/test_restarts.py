@@ -77,6 +77,20 @@ def test_an_adopted_replica_that_dies_unseen_is_replaced_and_nobody_is_refused(p
     assert len(product.noted("start")) == 2
 
 
+def test_a_lease_that_was_used_up_does_not_come_back_with_a_restarted_backend(product):
+    product.probe(timeout=0.3)
+    product.up()
+    assert product.get("/probe/", headers={"Prefer": "wait=0"}).status_code == 503
+    product.until_state("ready")
+    assert product.get("/probe/").status_code == 200
+    product.until_state("cold")
+    product.kill_backend()
+    # An admin call is answered once the gate has reported to the new backend.
+    assert product.post("/admin/reload").json()["gate_informed"] is True
+    assert product.info()["state"] == "cold"
+    assert len(product.noted("start")) == 1
+
+
 def test_counts_of_a_killed_worker_vanish_and_the_service_still_goes_idle(product):
     product.top["gate"] = {"workers": 2}
     product.probe(timeout=1)
