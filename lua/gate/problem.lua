@@ -143,7 +143,8 @@ end
 
 -- What is left of an estimate of a moment `age` seconds ago
 local function left_of(estimate, age)
-    return estimate and max(1, estimate - age)
+    -- The moment is rounded to milliseconds, also upwards.
+    return estimate and max(1, estimate - max(0, age))
 end
 
 --- Facts about a service for `render`, `now` on the clock of its `told_at`. People outside the

@@ -96,6 +96,7 @@ describe("an estimate", function()
         assert.are.equal(2.5, estimate("failed", "start-failed", 101.5))
         assert.are.equal(6, estimate("waking", "hold-timeout", 103))
         assert.are.equal(1, estimate("waking", "hold-timeout", 200))
+        assert.are.equal(4, estimate("failed", "start-failed", 99.9996))
     end)
 
     it("stays as it was told where nothing is under way", function()
