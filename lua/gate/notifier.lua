@@ -25,6 +25,7 @@ local type = type
 
 local CALL_TIMEOUT_S = 2
 local ANSWER_LIMIT = 64 * 1024 * 1024
+local HURRY_PACE_S = 0.02 -- while an operator waits for the backend, and it for the gate
 local WAITING_PACE_S = 0.05
 local TRAFFIC_PACE_S = 0.25
 local REST_PACE_S = 1
@@ -46,6 +47,10 @@ local reachable = true
 local on_change
 
 local _M = {}
+
+local function recent(what, now)
+    return now - (store.time(what) or 0) < RECENT_S
+end
 
 local function compose(now)
     registry.refresh()
@@ -119,7 +124,7 @@ local function take(body, basis)
     if store.put_snapshot(basis, name, text, clock.now()) then
         registry.refresh()
         on_change()
-        asked_again = asked_again or hurries > 0 or any_draining()
+        asked_again = asked_again or recent("seen:hurry", last_call) or any_draining()
     end
     return true
 end
@@ -200,11 +205,10 @@ function _M.confirm(fresh)
 end
 
 --- An admin call goes to the backend, whose answer waits until the gate has the snapshot that comes
---- of it: until `calm_down` the calls come as often as while requests wait.
+--- of it: until `calm_down` the calls come quickly, whichever worker makes them.
 function _M.hurry()
     hurries = hurries + 1
-    last_signal = clock.now()
-    store.advance_time("seen:waiting", last_signal)
+    store.advance_time("seen:hurry", clock.now())
 end
 
 --- That admin call has ended.
@@ -223,7 +227,10 @@ function _M.signal(now, waiting)
         return
     end
     last_signal = now
-    if waiting or hurries > 0 then
+    if hurries > 0 then
+        store.advance_time("seen:hurry", now)
+    end
+    if waiting then
         store.advance_time("seen:waiting", now)
     elseif activity.holding() > 0 or activity.began() ~= began_then then
         began_then = activity.began()
@@ -234,9 +241,11 @@ end
 --- Make the periodic call when it is due; the leader's tick.
 function _M.keep_pace(now)
     local pace = REST_PACE_S
-    if now - (store.time("seen:waiting") or 0) < RECENT_S then
+    if recent("seen:hurry", now) then
+        pace = HURRY_PACE_S
+    elseif recent("seen:waiting", now) then
         pace = WAITING_PACE_S
-    elseif now - (store.time("seen:traffic") or 0) < RECENT_S then
+    elseif recent("seen:traffic", now) then
         pace = TRAFFIC_PACE_S
     end
     if not reachable then
