@@ -15,11 +15,11 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from slurmgate import lifecycle, observed
+from slurmgate import events, lifecycle
 from slurmgate.errors import BackendAway, CannotStart, Disabled, SlurmgateError, StartRefused
 from slurmgate.fleet import Effect, FetchLastWords, Fleet, LaunchReplica, Report, View
 from slurmgate.model import Config, Exit, LauncherKind, Phase, ServiceSpec
-from slurmgate.observed import Service
+from slurmgate.observed import LAUNCHING, Service
 from slurmgate.ports import Clock, Launcher
 
 log = logging.getLogger(__name__)
@@ -198,13 +198,13 @@ class Control:
 
         def with_log() -> None:
             lines = self._log_tail(kind, replica)
-            self._change(name, lambda s, now: observed.ended(s, replica, how, lines, now))
+            self._change(name, lambda s, now: events.ended(s, replica, how, lines, now))
 
-        starting = found.phase in observed.LAUNCHING and found.never_routable
+        starting = found.phase in LAUNCHING and found.never_routable
         if starting and found.drain is None:
             self._run(with_log)
         else:
-            self._fleet.change(name, lambda s: observed.ended(s, replica, how, (), self._clock()))
+            self._fleet.change(name, lambda s: events.ended(s, replica, how, (), self._clock()))
 
     # -- pool threads ----------------------------------------------------------------------
 
@@ -243,10 +243,10 @@ class Control:
             self._stop(spec, replica)
             self._launch_failed(spec, replica, StartRefused.reason, f"internal error: {error!r}")
         else:
-            self._change(spec.name, lambda s, now: observed.launched(s, running, now))
+            self._change(spec.name, lambda s, now: events.launched(s, running, now))
 
     def _launch_failed(self, spec: ServiceSpec, replica: str, code: str, why: str) -> None:
-        self._change(spec.name, lambda s, now: observed.launch_failed(s, replica, code, why, now))
+        self._change(spec.name, lambda s, now: events.launch_failed(s, replica, code, why, now))
 
     def _stop(self, spec: ServiceSpec, replica: str) -> None:
         launcher = self._launchers.get(spec.launcher)
@@ -255,7 +255,7 @@ class Control:
 
     def _last_words(self, spec: ServiceSpec, replica: str) -> None:
         lines = self._log_tail(spec.launcher, replica)
-        self._change(spec.name, lambda s, now: observed.last_words(s, replica, lines, now))
+        self._change(spec.name, lambda s, now: events.last_words(s, replica, lines, now))
         self._stop(spec, replica)
 
     def _log_tail(self, kind: LauncherKind, replica: str) -> tuple[str, ...]:

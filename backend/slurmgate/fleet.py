@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from slurmgate import lifecycle, observed, snapshot
+from slurmgate import events, lifecycle, snapshot
 from slurmgate.errors import UnknownService
 from slurmgate.model import LauncherKind, Running, ServiceSpec
-from slurmgate.observed import ReplicaReport, Service, ServiceReport
+from slurmgate.observed import ReplicaReport, Service, ServiceReport, with_replica
 
 log = logging.getLogger(__name__)
 
@@ -174,7 +174,7 @@ class Fleet:
         self._number += 1
         for name, service in self._services.items():
             if service.replicas:
-                published = tuple(observed.published(r, self._number) for r in service.replicas)
+                published = tuple(events.published(r, self._number) for r in service.replicas)
                 self._services[name] = replace(service, replicas=published)
 
     # -- events ----------------------------------------------------------------------------
@@ -220,11 +220,11 @@ class Fleet:
                 continue
             self._services[spec.name] = known
             if known.spec != spec or known.retired:
-                self._set(spec.name, observed.configured(known, spec))
+                self._set(spec.name, events.configured(known, spec))
         for name, service in before.items():
             self._services[name] = service
             if not service.retired:
-                self._set(name, observed.retired(service))
+                self._set(name, events.retired(service))
 
     def manage(self, now: float, *, enabled: bool, kill: bool) -> None:
         """Switch management of all services on or off; with ``kill`` end every replica too."""
@@ -243,7 +243,7 @@ class Fleet:
         if name not in self._services:
             spec = ServiceSpec(name, "", (), "", "/", 60.0, folder, launcher=kind)
             self._services[name] = Service(spec, retired=True)
-        self._set(name, observed.adopted(self._services[name], running, now))
+        self._set(name, events.adopted(self._services[name], running, now))
         log.info("service %s replica %s: adopted, %s", name, running.replica, running.endpoint)
 
     def report(self, report: Report, now: float) -> None:
@@ -258,12 +258,12 @@ class Fleet:
             changed = service
             if told is not None:
                 total = self._before_gate.get(name, 0) + told.requests
-                changed = observed.reported(changed, replace(told, requests=total), now)
+                changed = events.reported(changed, replace(told, requests=total), now)
             for replica in service.replicas:
                 seen = report.replicas.get(replica.id)
                 if seen is not None:
-                    heard = observed.replica_reported(replica, seen, stored, now)
-                    changed = observed.with_replica(changed, heard)
+                    heard = events.replica_reported(replica, seen, stored, now)
+                    changed = with_replica(changed, heard)
             if changed is not service:
                 self._set(name, changed)
 
@@ -276,7 +276,7 @@ class Fleet:
             log.info("gate restarted: its counts begin anew")
             for name, service in self._services.items():
                 self._before_gate[name] = service.demand.requests
-                self._set(name, observed.gate_changed(service))
+                self._set(name, events.gate_changed(service))
         self._gate = gate
         return True
 

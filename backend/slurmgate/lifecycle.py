@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from slurmgate.events import last_words
 from slurmgate.model import Health, Phase
 from slurmgate.observed import (
     LAUNCHING,
@@ -266,6 +267,8 @@ def apply(
             )
             return replace(with_replica(service, opened), start_lease=False)
         case Stop(reason=reason):
+            if replica.phase is Phase.FAILED:  # its log did not come: the failure counts without
+                return last_words(service, replica.id, (), now)
             return with_replica(
                 service, replace(replica, phase=Phase.STOPPING, since=now, reason=reason)
             )

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from slurmgate import lifecycle, observed, snapshot
+from slurmgate import events, lifecycle, snapshot
 from slurmgate.lifecycle import Close, GiveUp, Launch, MarkReady, Reopen, Stop, decide
 from slurmgate.model import Exit, Health, Phase
-from slurmgate.observed import Demand, Drain, ReplicaReport, ServiceReport
+from slurmgate.observed import Demand, Drain, ReplicaReport, ServiceReport, with_replica
 from tests.unit.builders import NOW, replica, running, service, spec, starting
 
 WAITING = Demand(waiting=1)
@@ -45,7 +45,7 @@ def test_a_start_that_takes_too_long_is_given_up_with_what_the_polls_saw():
 
 def test_after_the_last_words_the_failure_is_known_and_the_replica_ends():
     given_up = lifecycle.apply(service(starting()), GiveUp("r1", "too slow"), NOW)
-    after = observed.last_words(given_up, "r1", ("out of memory",), NOW)
+    after = events.last_words(given_up, "r1", ("out of memory",), NOW)
     assert after.failure is not None
     assert after.failure.log == ("out of memory",)
     assert after.replicas[0].phase is Phase.STOPPING
@@ -54,7 +54,7 @@ def test_after_the_last_words_the_failure_is_known_and_the_replica_ends():
 @pytest.mark.parametrize(("failures", "backoff"), [(0, 1), (1, 2), (5, 32), (6, 60), (20, 60)])
 def test_the_backoff_doubles_up_to_a_minute(failures, backoff):
     before = service(starting(), failures=failures)
-    after = observed.ended(before, "r1", Exit(code=3), ("bye",), NOW)
+    after = events.ended(before, "r1", Exit(code=3), ("bye",), NOW)
     assert after.failure is not None
     assert after.failure.retry_at - NOW == backoff
     assert "exited with code 3" in after.failure.reason
@@ -65,7 +65,7 @@ def test_the_backoff_doubles_up_to_a_minute(failures, backoff):
 def test_a_failed_start_ends_all_leases():
     leased = Demand(wanted_at=NOW - 1, lease_until=NOW + 100)
     before = service(starting(), demand=leased, start_lease=True)
-    after = observed.ended(before, "r1", Exit(code=1), (), NOW)
+    after = events.ended(before, "r1", Exit(code=1), (), NOW)
     assert decide(after, NOW, NOW + 90) == ()
 
 
@@ -76,7 +76,7 @@ def test_a_lease_keeps_the_service_wanted_without_a_waiting_client():
 
 
 def test_a_death_while_ready_is_nobodys_failed_start():
-    after = observed.ended(service(replica()), "r1", Exit(signal=9), (), NOW)
+    after = events.ended(service(replica()), "r1", Exit(signal=9), (), NOW)
     assert after.failure is None
     assert decide(replace(after, demand=WAITING), NOW, NOW) == (Launch(),)
 
@@ -95,7 +95,7 @@ def test_a_service_in_use_is_never_idle(demand):
 
 def test_a_stream_counts_as_use_although_it_began_long_ago():
     told = ServiceReport(requests=1, in_flight=1, idle_s=500.0)
-    busy = observed.reported(service(replica(ready_at=NOW - 600)), told, NOW)
+    busy = events.reported(service(replica(ready_at=NOW - 600)), told, NOW)
     assert decide(busy, NOW, NOW) == ()
 
 
@@ -116,13 +116,13 @@ def drained(**changes):
 
 def test_only_the_gates_proof_ends_a_draining_replica():
     seen = ReplicaReport(1, 0, Health.UP)
-    before = observed.replica_reported(drained(), seen, 6, NOW)
+    before = events.replica_reported(drained(), seen, 6, NOW)
     assert decide(service(before), NOW, NOW) == ()
-    other_epoch = observed.replica_reported(drained(), seen, None, NOW)
+    other_epoch = events.replica_reported(drained(), seen, None, NOW)
     assert decide(service(other_epoch), NOW, NOW) == ()
-    busy = observed.replica_reported(drained(), ReplicaReport(1, 1, Health.UP), 7, NOW)
+    busy = events.replica_reported(drained(), ReplicaReport(1, 1, Health.UP), 7, NOW)
     assert not busy.quiet
-    proven = observed.replica_reported(drained(), seen, 7, NOW)
+    proven = events.replica_reported(drained(), seen, 7, NOW)
     assert decide(service(proven), NOW, NOW) == (Stop("r1", "idle"),)
 
 
@@ -146,14 +146,14 @@ def test_a_stop_by_an_operator_is_not_taken_back_and_ends_after_its_time():
 def test_a_new_replica_starts_beside_one_that_an_operator_stops():
     stopped = lifecycle.stop_by_admin(service(replica(), demand=WAITING), 60.0, NOW)
     assert decide(stopped, NOW, NOW) == (), "what was told before the stop is no demand after it"
-    asked = observed.reported(stopped, ServiceReport(requests=2, waiting=1), NOW + 1)
+    asked = events.reported(stopped, ServiceReport(requests=2, waiting=1), NOW + 1)
     assert Launch() in decide(asked, NOW, NOW + 1)
 
 
 def test_a_stop_during_a_start_tells_those_who_wait_and_does_not_begin_anew():
     stopped = lifecycle.stop_by_admin(service(starting(), demand=WAITING), 60.0, NOW)
     assert decide(stopped, NOW, NOW) == (Stop("r1", "no longer wanted"),)
-    ended = observed.ended(stopped, "r1", Exit(signal=15), (), NOW)
+    ended = events.ended(stopped, "r1", Exit(signal=15), (), NOW)
     refusal = snapshot.refusal(ended, NOW)
     assert refusal is not None
     assert refusal["reason"] == Drain.ADMIN.value
@@ -163,7 +163,7 @@ def test_a_stop_during_a_start_tells_those_who_wait_and_does_not_begin_anew():
 def test_with_a_fixed_port_the_old_one_must_be_gone_first():
     fixed = service(replica(), spec=spec(remote_port=8001), demand=WAITING)
     stopped = lifecycle.stop_by_admin(fixed, 60.0, NOW)
-    asked = observed.reported(stopped, ServiceReport(requests=2, waiting=1), NOW + 1)
+    asked = events.reported(stopped, ServiceReport(requests=2, waiting=1), NOW + 1)
     assert Launch() not in decide(asked, NOW, NOW + 1)
 
 
@@ -188,7 +188,7 @@ def test_changed_limits_leave_the_replica_alone():
 
 
 def test_a_removed_service_drains_and_is_not_started_again():
-    removed = observed.retired(service(replica(), demand=WAITING))
+    removed = events.retired(service(replica(), demand=WAITING))
     assert decide(removed, NOW, NOW) == (Close("r1", Drain.REMOVED),)
 
 
@@ -228,10 +228,10 @@ def test_a_pending_job_fails_after_the_queue_timeout():
 
 
 def test_an_adopted_replica_is_ready_with_the_first_report_and_keeps_its_idle_time():
-    adopted = observed.adopted(service(), running("r9"), NOW)
-    told = observed.reported(adopted, ServiceReport(requests=5, idle_s=8.0), NOW)
-    heard = observed.replica_reported(told.replicas[0], ReplicaReport(1, 0, Health.UP), None, NOW)
-    ready = observed.with_replica(told, heard)
+    adopted = events.adopted(service(), running("r9"), NOW)
+    told = events.reported(adopted, ServiceReport(requests=5, idle_s=8.0), NOW)
+    heard = events.replica_reported(told.replicas[0], ReplicaReport(1, 0, Health.UP), None, NOW)
+    ready = with_replica(told, heard)
     (action,) = decide(ready, NOW, NOW)
     assert isinstance(action, MarkReady)
     after = lifecycle.apply(ready, action, NOW)
@@ -246,15 +246,24 @@ def test_a_start_that_was_given_up_is_not_repeated_before_its_failure_is_known()
     assert decide(lifecycle.apply(slow, give_up, NOW), NOW, NOW) == ()
 
 
+def test_a_failure_whose_log_never_comes_counts_all_the_same():
+    given_up = lifecycle.apply(service(starting(), demand=WAITING), GiveUp("r1", "slow"), NOW)
+    (stop,) = decide(given_up, NOW, NOW + 5)
+    assert isinstance(stop, Stop)
+    after = lifecycle.apply(given_up, stop, NOW + 5)
+    assert after.failure is not None
+    assert after.replicas[0].phase is Phase.STOPPING
+
+
 def test_an_adopted_replica_is_not_judged_by_the_time_before_its_adoption():
-    old = observed.adopted(service(), replace(running("r9"), started_at=NOW - 7200), NOW)
+    old = events.adopted(service(), replace(running("r9"), started_at=NOW - 7200), NOW)
     assert decide(old, NOW, NOW) == ()
     assert snapshot.state(old, NOW) == "unknown"
 
 
 def test_an_adopted_replica_that_ends_before_the_first_report_is_no_failed_start():
-    old = observed.adopted(service(demand=WAITING), running("r9"), NOW)
-    after = observed.ended(old, "r9", Exit(), (), NOW)
+    old = events.adopted(service(demand=WAITING), running("r9"), NOW)
+    after = events.ended(old, "r9", Exit(), (), NOW)
     assert after.failure is None
     assert decide(after, NOW, NOW) == (Launch(),)
 
@@ -263,14 +272,14 @@ def test_a_service_that_dies_again_and_again_is_started_ever_more_rarely():
     dying, now, pauses = service(demand=WAITING), NOW, []
     for _ in range(5):
         ready = replace(dying, replicas=(replica(ready_at=now),))
-        dying = observed.ended(ready, "r1", Exit(code=1), (), now + 1)
+        dying = events.ended(ready, "r1", Exit(code=1), (), now + 1)
         pauses.append(dying.not_before - now - 1)
         assert decide(dying, now, now + 1) == (() if pauses[-1] else (Launch(),))
         now = max(dying.not_before, now + 1)
         assert decide(dying, now, now) == (Launch(),)
     assert pauses == [0, 1, 2, 4, 8]
     steady = replace(dying, replicas=(replica(ready_at=now - 61),))
-    assert observed.ended(steady, "r1", Exit(code=1), (), now).not_before == now
+    assert events.ended(steady, "r1", Exit(code=1), (), now).not_before == now
 
 
 def test_of_two_adopted_replicas_the_older_one_drains():
@@ -280,7 +289,7 @@ def test_of_two_adopted_replicas_the_older_one_drains():
 
 
 def test_the_snapshot_has_a_refusal_only_while_nothing_can_start():
-    failed = observed.failed(service(), "start-failed", "exited", ("line",), NOW)
+    failed = events.failed(service(), "start-failed", "exited", ("line",), NOW)
     refusal = snapshot.refusal(failed, NOW)
     assert refusal == {"code": "start-failed", "reason": "exited", "log": ["line"]}
     assert snapshot.refusal(failed, NOW + 1) is None
@@ -304,7 +313,7 @@ def test_ages_are_no_reason_for_a_new_snapshot():
         (service(starting()), "waking"),
         (service(replica()), "ready"),
         (service(drained()), "draining"),
-        (observed.failed(service(), "start-failed", "x", (), NOW), "failed"),
+        (events.failed(service(), "start-failed", "x", (), NOW), "failed"),
     ],
 )
 def test_the_state_in_one_word(found, state):

@@ -14,7 +14,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from slurmgate import observed
+from slurmgate import events, observed
 from slurmgate.fleet import Effect, FetchLastWords, Fleet, LaunchReplica, Report, StopReplica
 from slurmgate.lifecycle import start_by_admin, stop_by_admin
 from slurmgate.model import Exit, Health, LauncherKind, Phase, Running, ServiceSpec
@@ -161,7 +161,7 @@ class Life(RuleBasedStateMachine):
 
     def end(self, replica: str, how: Exit) -> None:
         self.vanish(replica)
-        self.event(lambda s: observed.ended(s, replica, how, (), self.now))
+        self.event(lambda s: events.ended(s, replica, how, (), self.now))
 
     def vanish(self, replica: str) -> None:
         del self.alive[replica]
@@ -285,13 +285,13 @@ class Life(RuleBasedStateMachine):
                     replica, NAME, effect.spec.start_hash(), 1, "127.0.0.1:1", "1", "n", self.now
                 )
                 self.alive[replica] = running
-                self.event(lambda s: observed.launched(s, running, self.now))
+                self.event(lambda s: events.launched(s, running, self.now))
             case LaunchReplica():
                 self.event(
-                    lambda s: observed.launch_failed(s, replica, "start-failed", "no", self.now)
+                    lambda s: events.launch_failed(s, replica, "start-failed", "no", self.now)
                 )
             case FetchLastWords():
-                self.event(lambda s: observed.last_words(s, replica, ("bye",), self.now))
+                self.event(lambda s: events.last_words(s, replica, ("bye",), self.now))
                 self.cancelled.add(replica)
                 self.stop(replica)
             case StopReplica():
@@ -362,7 +362,7 @@ class Life(RuleBasedStateMachine):
             elif isinstance(effect, LaunchReplica):
                 replica = effect.replica
                 self.event(
-                    lambda s, r=replica: observed.launch_failed(s, r, "start-failed", "", self.now)
+                    lambda s, r=replica: events.launch_failed(s, r, "start-failed", "", self.now)
                 )
         self.fleet.report(self.report(), self.now)
         self.settle()

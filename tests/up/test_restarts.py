@@ -55,10 +55,10 @@ def test_adopted_services_still_go_idle(product):
 
 
 def test_a_service_older_than_its_start_timeout_is_adopted_all_the_same(product):
-    product.probe(start_timeout=1)
+    product.probe(start_timeout=3)
     product.up()
     product.get("/probe/")
-    until(lambda: product.info()["replicas"][0]["since_s"] > 1.2)
+    until(lambda: product.info()["replicas"][0]["since_s"] > 3.2)
     product.kill_backend()
     for _ in range(20):
         assert product.get("/probe/").headers["X-Slurmgate-Waited"] == "0.000"

@@ -1,0 +1,267 @@
+"""What each command does. Results go to standard output, complaints to standard error.
+
+Every ``run_`` function takes the parsed arguments and gives the exit code. Modules that only one
+command needs are imported there, so that the others start quickly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any, BinaryIO
+from urllib.parse import quote
+
+from slurmgate import client, procfs
+from slurmgate.errors import BackendAway, SlurmgateError, StateError
+from slurmgate.model import GateSpec
+from slurmgate.state import StateDir, network_filesystem, safe_name
+
+LOOK_EVERY = 0.2
+GATE_PROGRAMS = ("nginx", "openresty")
+
+
+def say(text: object) -> None:
+    """Print one line of the result."""
+    sys.stdout.write(f"{text}\n")
+
+
+def run_up(args: argparse.Namespace) -> int:
+    """``up``."""
+    from slurmgate import up
+
+    return up.run(
+        up.UpOptions(
+            config=args.config,
+            state_dir=args.state_dir,
+            listen=args.listen,
+            user=args.user,
+            stop_jobs=args.stop_jobs,
+        )
+    )
+
+
+def run_backend(args: argparse.Namespace) -> int:
+    """``backend``."""
+    from slurmgate import app
+
+    app.configure_logging()
+    return app.serve(
+        app.BackendOptions(
+            config=args.config,
+            state_dir=args.state_dir,
+            listen=args.listen,
+            supervised=args.supervised,
+            stop_jobs=args.stop_jobs,
+        )
+    )
+
+
+def run_render(args: argparse.Namespace) -> int:
+    """``render``."""
+    from slurmgate import config, nginx
+
+    spec = config.load(args.config).gate
+    state = StateDir.open(args.state_dir)
+    target = args.dir / "nginx.conf"
+    nginx.write(nginx.render_for(spec, state), target)
+    say(target)
+    return 0
+
+
+def run_check(args: argparse.Namespace) -> int:
+    """``check``: one line per problem, one per warning."""
+    from slurmgate import config
+    from slurmgate.model import LauncherKind
+
+    path = args.file or args.config
+    found = config.examine(path)
+    for line in found.problems:
+        say(line)
+    for line in found.warnings:
+        say(f"warning: {line}")
+    kind = network_filesystem(args.state_dir)
+    if kind is not None:
+        say(f"warning: {args.state_dir} is on a network file system ({kind}); use a local disk")
+    if found.config is None or not _tls_is_good(found.config.gate):
+        return 1
+    services = found.config.services
+    slurm = [s.name for s in services if s.launcher is LauncherKind.SLURM]
+    if args.connect and slurm:
+        say(f"cannot connect for {', '.join(slurm)}: this version has no Slurm launcher")
+        return 1
+    say(f"{path}: {len(services)} services, no errors")
+    return 0
+
+
+def _tls_is_good(gate: GateSpec) -> bool:
+    """Say what is wrong with the certificate; files that are not for us to read are no error."""
+    from slurmgate import config
+
+    problem = None if gate.tls is None else config.tls_problem(gate.tls)
+    if gate.tls is None or problem is None:
+        return True
+    files = (gate.tls.certificate, gate.tls.key)
+    if all(os.access(file, os.R_OK) for file in files):
+        say(problem)
+        return False
+    if all(file.is_file() for file in files):  # one that is missing has its warning already
+        say(f"warning: {problem}")
+    return True
+
+
+def run_status(args: argparse.Namespace) -> int:
+    """``status``: a table for people, or the JSON of /info."""
+    found = client.call(StateDir.find(args.state_dir), "GET", "/info")
+    if args.json:
+        say(json.dumps(found, indent=2))
+        return 0
+    say(status_table(found))
+    return 0
+
+
+def status_table(info: dict[str, Any]) -> str:
+    """Lay out the answer of /info for people."""
+    rows = [
+        ("SERVICE", "ROUTE", "STATE", "WAITING", "IN FLIGHT", "REQUESTS", "STOPS IN", "REPLICA")
+    ]
+    for service in info["services"]:
+        stops = service["stops_in_s"]
+        replicas = [f"{r['id']} {r['state']}" for r in service["replicas"]]
+        rows.append(
+            (
+                service["name"],
+                f"/{service['route_name']}/",
+                service["state"],
+                str(service["waiting"]),
+                str(service["in_flight"]),
+                str(service["requests"]),
+                "-" if stops is None else f"{stops:.0f} s",
+                ", ".join(replicas) or "-",
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
+    for service in info["services"]:
+        if service["reason"]:
+            lines.append(f"{service['name']}: {service['reason']}")
+    if not info["management_enabled"]:
+        lines.append("management is disabled: nothing is started (slurmgate enable)")
+    if info["config"]["error"]:
+        lines.append(f"configuration refused:\n{info['config']['error']}")
+    return "\n".join(lines)
+
+
+def _admin(args: argparse.Namespace, path: str) -> dict[str, Any]:
+    state = StateDir.find(args.state_dir)
+    answer: dict[str, Any] = client.call(state, "POST", path, client.admin_token(state))
+    return answer
+
+
+def run_service(args: argparse.Namespace) -> int:
+    """``start`` and ``stop``."""
+    _admin(args, f"/admin/services/{quote(args.name, safe='')}/{args.command}")
+    say(f"{args.name}: {args.command} requested; slurmgate status shows it")
+    return 0
+
+
+def run_adopt(args: argparse.Namespace) -> int:
+    """``adopt``."""
+    _admin(args, f"/admin/adopt/{quote(args.owner, safe='')}")
+    return 0
+
+
+def run_reload(args: argparse.Namespace) -> int:
+    """``reload``."""
+    for note in _admin(args, "/admin/reload")["notes"]:
+        say(note)
+    say("configuration loaded")
+    return 0
+
+
+def run_manage(args: argparse.Namespace) -> int:
+    """``enable`` and ``disable``."""
+    kill = args.command == "disable" and args.kill
+    _admin(args, f"/admin/management/{'kill' if kill else args.command}")
+    say("management enabled" if args.command == "enable" else "management disabled")
+    return 0
+
+
+def run_reopen(args: argparse.Namespace) -> int:
+    """``reopen-logs``: nginx reopens on SIGUSR1."""
+    path = StateDir.find(args.state_dir).nginx_pid
+    try:
+        gate = procfs.read(int(path.read_text()))
+        if gate is None or gate.comm not in GATE_PROGRAMS:  # the pid is somebody else's by now
+            raise BackendAway(f"no gate runs here ({path} names no nginx)")
+        os.kill(gate.pid, signal.SIGUSR1)
+    except (OSError, ValueError) as error:
+        raise BackendAway(f"no gate runs here ({path}: {error})") from error
+    say("logs reopened")
+    return 0
+
+
+def run_logs(args: argparse.Namespace) -> int:
+    """``logs``: with ``-f`` also those of replicas that are started later."""
+    state = StateDir.find(args.state_dir)
+    name, known = _service_of(state, args.name)
+    folder = state.logs / safe_name(name)
+    seen = _logs(folder)
+    if not seen:
+        if known:
+            raise StateError(f"{name} has no logs yet: it was never started")
+        raise StateError(
+            f"no service {args.name}, or it has no logs yet; slurmgate status lists the services"
+        )
+    newest = seen[-1]
+    with newest.open("rb") as file:
+        lines = file.read().splitlines(keepends=True)
+        _show(b"".join(lines[-args.n :] if args.n > 0 else []))
+        if args.f:
+            _follow(file, folder, set(seen))
+    return 0
+
+
+def _service_of(state: StateDir, name: str) -> tuple[str, bool]:
+    """Give the name of a service named by name or route, and whether the backend knows it."""
+    try:
+        return str(client.call(state, "GET", f"/info/{quote(name, safe='')}")["name"]), True
+    except SlurmgateError:  # nothing runs, or the service is no longer configured
+        return name, False
+
+
+def _logs(folder: Path) -> list[Path]:
+    """List the logs of a service, the one last written to last."""
+
+    def written(path: Path) -> float:
+        try:
+            return path.stat().st_mtime
+        except FileNotFoundError:  # a start of the service removed it
+            return 0.0
+
+    return sorted(folder.glob("*.log"), key=written)
+
+
+def _follow(file: BinaryIO, folder: Path, seen: set[Path]) -> None:
+    """Show what is added, then the logs of newer replicas; until Ctrl-C."""
+    with contextlib.ExitStack() as stack:
+        while True:
+            fresh = [path for path in _logs(folder) if path not in seen]
+            _show(file.read())  # after the look for newer ones: this one may just have ended
+            for path in fresh:
+                seen.add(path)
+                sys.stderr.write(f"slurmgate: replica {path.stem}\n")
+                stack.close()
+                file = stack.enter_context(path.open("rb"))
+                _show(file.read())
+            time.sleep(LOOK_EVERY)
+
+
+def _show(output: bytes) -> None:
+    sys.stdout.buffer.write(output)
+    sys.stdout.buffer.flush()
