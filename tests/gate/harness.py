@@ -220,8 +220,12 @@ class EchoService:
             handler.send_header("Content-Length", "0")
             handler.end_headers()
             return
-        echo = {"method": handler.command, "path": path, "length": len(body),
-                "headers": dict(handler.headers)}
+        echo = {
+            "method": handler.command,
+            "path": path,
+            "length": len(body),
+            "headers": dict(handler.headers),
+        }
         handler.reply(200, json.dumps(echo).encode())
 
 
@@ -240,9 +244,13 @@ class Gate:
 
     def start(self) -> None:
         paths = nginx.NginxPaths(
-            run_dir=self.backend.run_dir, state_dir=self.folder, lua_dir=share.lua_dir(),
-            access_log=self.folder / "access.log", pid=self.folder / "nginx.pid",
-            temp_dir=self.folder / "temp", error_log=str(self.errors),
+            run_dir=self.backend.run_dir,
+            state_dir=self.folder,
+            lua_dir=share.lua_dir(),
+            access_log=self.folder / "access.log",
+            pid=self.folder / "nginx.pid",
+            temp_dir=self.folder / "temp",
+            error_log=str(self.errors),
         )
         paths.temp_dir.mkdir(exist_ok=True)
         user = None
@@ -277,8 +285,14 @@ class Gate:
         with socket.socket() as sock:
             return sock.connect_ex(("127.0.0.1", self.port)) == 0
 
-    def get(self, path: str, method: str = "GET", body: bytes | None = None,
-            headers: dict[str, str] | None = None, timeout: float = 30.0) -> Answer:
+    def get(
+        self,
+        path: str,
+        method: str = "GET",
+        body: bytes | None = None,
+        headers: dict[str, str] | None = None,
+        timeout: float = 30.0,
+    ) -> Answer:
         connection = HTTPConnection("127.0.0.1", self.port, timeout=timeout)
         try:
             connection.request(method, path, body, headers or {})
@@ -300,8 +314,9 @@ class Gate:
         text = self.errors.read_text() if self.errors.exists() else ""
         bad = re.compile(r"\[(error|crit|alert|emerg)\]")
         lines = [line for line in text.splitlines() if bad.search(line)]
-        return [line for line in lines
-                if not any(expected in line for expected in self.expected_errors)]
+        return [
+            line for line in lines if not any(expected in line for expected in self.expected_errors)
+        ]
 
 
 class Answer:
@@ -323,12 +338,28 @@ class Answer:
 def service(name: str = "LLM", **changes: Any) -> dict[str, Any]:
     """One service of a snapshot: cold, unless changed."""
     entry: dict[str, Any] = {
-        "name": name, "route_name": name.lower(), "retired": False, "unknown": False,
-        "api_paths": ["/"], "no_wake": [], "models": [], "state": "cold", "reason": None,
-        "refusal": None, "retry_after_s": 30.0, "hold_timeout": 60, "max_waiting": 1000,
-        "replay": 1, "read_timeout": 60,
-        "health": {"path": "/health", "interval": 5, "start_interval": [0.05, 1],
-                   "timeout": 10, "failures": 3},
+        "name": name,
+        "route_name": name.lower(),
+        "retired": False,
+        "unknown": False,
+        "api_paths": ["/"],
+        "no_wake": [],
+        "models": [],
+        "state": "cold",
+        "reason": None,
+        "refusal": None,
+        "retry_after_s": 30.0,
+        "hold_timeout": 60,
+        "max_waiting": 1000,
+        "replay": 1,
+        "read_timeout": 60,
+        "health": {
+            "path": "/health",
+            "interval": 5,
+            "start_interval": [0.05, 1],
+            "timeout": 10,
+            "failures": 3,
+        },
         "replicas": [],
     }
     return {**entry, **changes}
@@ -337,7 +368,13 @@ def service(name: str = "LLM", **changes: Any) -> dict[str, Any]:
 def replica(port: int, name: str = "r1", **changes: Any) -> dict[str, Any]:
     """One replica of a snapshot: ready, unless changed."""
     entry: dict[str, Any] = {
-        "id": name, "gen": 1, "endpoint": f"127.0.0.1:{port}", "phase": "ready",
-        "routable": True, "age_s": 1.0, "job_id": "1", "node": "localhost",
+        "id": name,
+        "gen": 1,
+        "endpoint": f"127.0.0.1:{port}",
+        "phase": "ready",
+        "routable": True,
+        "age_s": 1.0,
+        "job_id": "1",
+        "node": "localhost",
     }
     return {**entry, **changes}

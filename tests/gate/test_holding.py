@@ -114,7 +114,8 @@ def test_prefer_wait_shortens_the_hold(gate: Gate, backend: FakeBackend, wish: s
     backend.publish(service())
     answer = gate.raw(
         b"GET /llm/x HTTP/1.1\r\nHost: a\r\nPrefer: respond-async\r\nPrefer: "
-        + wish.encode() + b"\r\nConnection: close\r\n\r\n"
+        + wish.encode()
+        + b"\r\nConnection: close\r\n\r\n"
     )
     assert answer.startswith(b"HTTP/1.1 503")
     assert b"hold-timeout" in answer
@@ -141,8 +142,12 @@ def test_a_refusal_ends_the_wait_of_all_with_reason_and_log(
     gate: Gate, backend: FakeBackend
 ) -> None:
     backend.publish(service())
-    refusal = {"code": "start-failed", "reason": "exited with code 3", "log": ["boom"],
-               "retry_after_s": 2.0}
+    refusal = {
+        "code": "start-failed",
+        "reason": "exited with code 3",
+        "log": ["boom"],
+        "retry_after_s": 2.0,
+    }
     with ThreadPoolExecutor() as pool:
         held = [pool.submit(gate.get, "/llm/x") for _ in range(5)]
         wait_until(lambda: waiting(backend) == 5, "all wait")
@@ -176,9 +181,7 @@ def test_a_request_whose_service_was_removed_after_it_was_sent_is_502(
     def remove_and_break(handler) -> None:
         if handler.path == "/break" and when == "while it had it":
             backend.publish()
-            wait_until(
-                lambda: backend.notes[-1]["snapshot"] == backend.version, "snapshot taken"
-            )
+            wait_until(lambda: backend.notes[-1]["snapshot"] == backend.version, "snapshot taken")
         elif handler.path == "/break":
             backend.publish(service(state="waking"))
         original(handler)
@@ -295,9 +298,7 @@ def test_a_request_during_which_two_replicas_ended_gets_502(
         original(handler)
         if handler.path == "/break":
             end_replicas({})
-            wait_until(
-                lambda: backend.notes[-1]["snapshot"] == backend.version, "snapshot taken"
-            )
+            wait_until(lambda: backend.notes[-1]["snapshot"] == backend.version, "snapshot taken")
 
     echo.answer = break_and_end  # type: ignore[method-assign]
     answer = gate.get("/llm/break")
@@ -305,18 +306,14 @@ def test_a_request_during_which_two_replicas_ended_gets_502(
     assert len(echo.seen) == 2
 
 
-def test_a_silent_service_is_a_timeout(
-    gate: Gate, backend: FakeBackend, echo: EchoService
-) -> None:
+def test_a_silent_service_is_a_timeout(gate: Gate, backend: FakeBackend, echo: EchoService) -> None:
     gate.expected_errors.append("upstream timed out")
     backend.publish(service(state="ready", read_timeout=0.2, replicas=[replica(echo.port)]))
     answer = gate.get("/llm/slow/1")
     assert (answer.status, answer.code) == (504, "upstream-timeout")
 
 
-def test_a_reload_keeps_held_requests(
-    gate: Gate, backend: FakeBackend, echo: EchoService
-) -> None:
+def test_a_reload_keeps_held_requests(gate: Gate, backend: FakeBackend, echo: EchoService) -> None:
     backend.publish(service())
     with ThreadPoolExecutor(40) as pool:
         held = [pool.submit(gate.get, "/llm/x") for _ in range(40)]
@@ -367,8 +364,9 @@ def test_pacing_and_the_backend_away(
 
 @pytest.fixture
 def gate_spec() -> GateSpec:
-    return GateSpec(listen=f"127.0.0.1:{free_port()}", workers=2, max_body=1_000_000,
-                    max_held_bytes=3_000_000)
+    return GateSpec(
+        listen=f"127.0.0.1:{free_port()}", workers=2, max_body=1_000_000, max_held_bytes=3_000_000
+    )
 
 
 CHUNKED = (

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from http.client import HTTPConnection
 
 import pytest
@@ -142,16 +143,18 @@ def test_info_shows_what_was_answered_before(ready: Gate, backend: FakeBackend) 
     assert info_calls(backend) <= 20
 
 
-def test_info_is_fresh_when_there_is_another_snapshot(
-    ready: Gate, backend: FakeBackend
-) -> None:
+def is_known(gate: Gate, route: str) -> bool:
+    return gate.get(route, "OPTIONS").code == "not-running"
+
+
+def test_info_is_fresh_when_there_is_another_snapshot(ready: Gate, backend: FakeBackend) -> None:
     backend.pages["/info"] = (200, "1")
     for number in range(2, 5):
         ready.get("/info")
         backend.pages["/info"] = (200, str(number))
         backend.publish(service(f"R{number}"))
         route = f"/r{number}/x"
-        wait_until(lambda: ready.get(route, "OPTIONS").code == "not-running", "snapshot taken")
+        wait_until(partial(is_known, ready, route), "snapshot taken")
         assert ready.get("/info").json == number
 
 
@@ -275,17 +278,29 @@ REST = b" HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"
 @pytest.mark.parametrize(
     ("request_bytes", "method", "path", "status"),
     [
-        (b"POST /llm/a/../b?secret" + REST + b"Content-Length: 0\r\n\r\n", "POST",
-         "/llm/a/../b", 400),
+        (
+            b"POST /llm/a/../b?secret" + REST + b"Content-Length: 0\r\n\r\n",
+            "POST",
+            "/llm/a/../b",
+            400,
+        ),
         (b"GET http://b/llm//a%20b?secret" + REST + b"\r\n", "GET", "/llm//a%20b", 200),
         (b"GET /llm/\xc3\xa9\xff?secret\xff" + REST + b"\r\n", "GET", "/llm/%C3%A9%FF", 200),
         (b"GET /llm/x?secret\xff" + REST + b"\r\n", "GET", "/llm/x", 200),
         (b"POST /llm/%zz?secret" + REST + b"\r\n", "POST", "/llm/%zz", 400),
         (b"PUT /llm/\xff%zz?secret" + REST + b"\r\n", "PUT", "/llm/%FF%zz", 400),
-        (b"POST /admin/x?secret" + REST + b"Content-Length: 70000\r\n\r\n", "POST",
-         "/admin/x", 413),
-        (b"POST /llm/x?secret" + REST + b"X: " + b"x" * 70_000 + b"\r\n\r\n", "POST", "/llm/x",
-         431),
+        (
+            b"POST /admin/x?secret" + REST + b"Content-Length: 70000\r\n\r\n",
+            "POST",
+            "/admin/x",
+            413,
+        ),
+        (
+            b"POST /llm/x?secret" + REST + b"X: " + b"x" * 70_000 + b"\r\n\r\n",
+            "POST",
+            "/llm/x",
+            431,
+        ),
         (b"TRACE /llm/x?secret" + REST + b"\r\n", "TRACE", "/llm/x", 405),
         (b"POST /llm/x?secret" + REST + b"Content-Length: -1\r\n\r\n", "POST", "/llm/x", 400),
         (b"POST /llm/" + b"x" * 70_000 + REST + b"\r\n", "POST", None, 414),

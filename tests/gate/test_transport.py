@@ -27,9 +27,24 @@ from tests.gate.harness import (
 def make_certificate(folder: Path) -> TlsSpec:
     tls = TlsSpec(folder / "cert.pem", folder / "key.pem")
     subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost",
-         "-days", "2", "-keyout", str(tls.key), "-out", str(tls.certificate)],
-        check=True, capture_output=True,
+        [
+            "openssl",
+            "req",
+            "-x509",
+            "-newkey",
+            "rsa:2048",
+            "-nodes",
+            "-subj",
+            "/CN=localhost",
+            "-days",
+            "2",
+            "-keyout",
+            str(tls.key),
+            "-out",
+            str(tls.certificate),
+        ],
+        check=True,
+        capture_output=True,
     )
     return tls
 
@@ -100,6 +115,10 @@ def test_paths_with_blanks_and_quotes_are_quoted(tmp_path: Path) -> None:
 
 def paths(folder: Path) -> NginxPaths:
     return NginxPaths(
-        run_dir=folder, state_dir=folder, lua_dir=folder / "lua",
-        access_log=folder / "access.log", pid=folder / "nginx.pid", temp_dir=folder / "temp",
+        run_dir=folder,
+        state_dir=folder,
+        lua_dir=folder / "lua",
+        access_log=folder / "access.log",
+        pid=folder / "nginx.pid",
+        temp_dir=folder / "temp",
     )
