@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import os
+import shutil
 import subprocess
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -53,11 +55,20 @@ def test_what_is_wrong_is_said_with_its_field(pairs, certificate, key, field, wo
     assert words in found
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_key_that_may_not_be_read_is_said(pairs):
-    key = pairs / "closed.key"
-    key.touch(mode=0)
-    found = tls_problem(TlsSpec(pairs / "one.pem", key))
-    assert found is not None
-    assert "gate.tls.key" in found
-    assert "Permission denied" in found
+def test_a_key_that_may_not_be_read_is_said(pairs, as_ordinary_user):
+    folder = Path(tempfile.mkdtemp(prefix="sgt-", dir="/tmp"))
+    folder.chmod(0o755)
+    chain = folder / "one.pem"
+    chain.write_bytes((pairs / "one.pem").read_bytes())
+    (folder / "closed.key").touch(mode=0)
+
+    def look() -> None:
+        found = tls_problem(TlsSpec(chain, folder / "closed.key"))
+        assert found is not None
+        assert "gate.tls.key" in found
+        assert "Permission denied" in found
+
+    try:
+        as_ordinary_user(look)
+    finally:
+        shutil.rmtree(folder)
