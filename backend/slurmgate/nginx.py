@@ -14,13 +14,13 @@ import re
 import resource
 import shutil
 import subprocess
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
 
 from slurmgate.errors import ConfigError, StateError
+from slurmgate.files import write_atomic
 from slurmgate.model import GateSpec
 from slurmgate.share import lua_dir, nginx_template
 from slurmgate.state import StateDir
@@ -109,16 +109,7 @@ def render_for(gate: GateSpec, state: StateDir) -> str:
 def write(text: str, conf: Path) -> None:
     """Write the configuration for its owner only, replacing an older one in one step."""
     conf.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=conf.parent, prefix=conf.name)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, conf)
-    except OSError:
-        os.unlink(name)
-        raise
+    write_atomic(conf, text.encode())
 
 
 def find_nginx() -> str:
