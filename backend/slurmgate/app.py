@@ -59,11 +59,6 @@ def epoch() -> str:
     return f"{time.monotonic_ns():020d}-{secrets.token_hex(4)}"
 
 
-def gate_spec(config: Config, listen: str | None) -> GateSpec:
-    """The gate section with what the command line overrides."""
-    return config.gate if listen is None else replace(config.gate, listen=listen)
-
-
 def serve(options: BackendOptions) -> int:
     """Run the backend until SIGTERM or SIGINT; the process's exit code."""
     state = StateDir.open(options.state_dir)

@@ -41,7 +41,6 @@ class View:
     number: int
     services: tuple[Service, ...]
     enabled: bool
-    gate: str | None
     gate_seen: float
     gate_stored: int | None
 
@@ -112,7 +111,6 @@ class Fleet:
             self._number,
             tuple(self._services.values()),
             self._enabled,
-            self._gate,
             self._gate_seen,
             self._gate_stored,
         )
