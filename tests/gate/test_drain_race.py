@@ -22,12 +22,15 @@ class Service(asyncio.Protocol):
     cancelled = False
     served = 0
     late = 0
+    closing = False
     open: ClassVar[list[asyncio.Transport]] = []
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
         self.open.append(transport)
+        if self.closing:  # accepted in the moment of the end
+            transport.abort()
 
     def data_received(self, data: bytes) -> None:
         if b" /health " not in data:
@@ -42,13 +45,15 @@ async def serve(port: int, started: threading.Event, ended: threading.Event) -> 
     started.set()
     await asyncio.to_thread(ended.wait)
     server.close()
+    Service.closing = True
     for transport in Service.open:
         transport.abort()
 
 
 @pytest.fixture
 def service_port() -> Iterator[int]:
-    Service.cancelled, Service.served, Service.late, Service.open = False, 0, 0, []
+    Service.cancelled, Service.closing = False, False
+    Service.served, Service.late, Service.open = 0, 0, []
     port, started, ended = free_port(), threading.Event(), threading.Event()
     thread = threading.Thread(target=lambda: asyncio.run(serve(port, started, ended)))
     thread.start()
