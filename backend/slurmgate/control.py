@@ -13,13 +13,22 @@ import secrets
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from slurmgate import events, lifecycle
 from slurmgate.errors import BackendAway, CannotStart, Disabled, SlurmgateError, StartRefused
-from slurmgate.fleet import Effect, FetchLastWords, Fleet, LaunchReplica, Report, View
-from slurmgate.model import Config, Exit, LauncherKind, Phase, ServiceSpec
-from slurmgate.observed import LAUNCHING, Service
+from slurmgate.fleet import (
+    Effect,
+    FetchLastWords,
+    Fleet,
+    LaunchReplica,
+    ReconnectReplica,
+    Report,
+    View,
+)
+from slurmgate.model import Config, End, LauncherKind, Phase, ServiceSpec, Sighting, Stranger
+from slurmgate.observed import LAUNCHING, Refusal, Service
 from slurmgate.ports import Clock, Launcher
 
 log = logging.getLogger(__name__)
@@ -55,7 +64,11 @@ class Control:
         self._clock = clock
         self._fleet = Fleet(epoch, new_replica_id, clock(), enabled=enabled)
         self._events: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._pool = ThreadPoolExecutor(POOL_THREADS, thread_name_prefix="launcher")
+        self._pools = {
+            kind: ThreadPoolExecutor(POOL_THREADS, thread_name_prefix=f"launcher-{kind.value}")
+            for kind in launchers
+        }
+        self._folder = Path()
         self._thread = threading.Thread(target=self._loop, name="control", daemon=True)
         self._answers: list[Future[None]] = []
         self._reported = threading.Event()
@@ -67,10 +80,14 @@ class Control:
 
     def start(self, config: Config) -> None:
         """Adopt what runs, take over the configuration and begin to decide. Call it once."""
+        self._folder = config.path.parent
         self._fleet.configure(config.services)
         for kind, launcher in self._launchers.items():
-            for running in launcher.adopt(self._on_exit):
-                self._fleet.adopt(kind, running, config.path.parent, self._clock())
+            own = [spec for spec in config.services if spec.launcher is kind]
+            found = launcher.adopt(own, _Ears(self, kind))
+            for sighting in found.sightings:
+                self._fleet.adopt(kind, sighting, self._folder, self._clock())
+            self._fleet.unlisted(found.unlisted)
         self._turn(_nothing)
         self._thread.start()
 
@@ -79,9 +96,14 @@ class Control:
         self._ask(lambda: self._fleet.configure(config.services, self._clock()))
 
     def notify(self, report: Report) -> dict[str, Any] | None:
-        """Take in a gate's report; give the snapshot when the gate's is another one."""
+        """Take in a gate's report; give the snapshot when the gate's is another one.
+
+        None too while it is not known yet what an earlier backend left: a gate keeps what it has.
+        """
         self._ask(lambda: self._fleet.report(report, self._clock()))
         view = self.view
+        if not view.settled:
+            return None
         if report.epoch == view.epoch and report.number == view.number:
             return None
         return view.wire(self._clock())
@@ -104,6 +126,14 @@ class Control:
         """Switch management of all services on or off; with ``kill`` end every replica too."""
         self._ask(lambda: self._fleet.manage(self._clock(), enabled=enabled, kill=kill))
 
+    def strangers(self) -> tuple[Stranger, ...]:
+        """Jobs of this instance that have another owner."""
+        return tuple(s for launcher in self._launchers.values() for s in launcher.strangers())
+
+    def take_over(self, owner: str) -> int:
+        """Make the jobs of another owner ours; how many. Blocks while hosts are asked."""
+        return sum(launcher.take_over(owner) for launcher in self._launchers.values())
+
     def await_gate(self) -> bool:
         """Wait until the gate has the snapshot of now; False when it does not say so in time.
 
@@ -122,7 +152,8 @@ class Control:
         """End the loop, then let every launcher end or leave its replicas as said."""
         self._events.put(None)
         self._thread.join(ANSWER_WITHIN)
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in self._pools.values():
+            pool.shutdown(wait=False, cancel_futures=True)
         for kind, launcher in self._launchers.items():
             launcher.close(stop_replicas=stop_replicas.get(kind, False))
 
@@ -180,31 +211,47 @@ class Control:
             self._ticked = now
             self._tick_every = BUSY_TICK if self._fleet.look_at_unsettled() else REST_TICK
 
-    def _on_exit(self, replica: str, how: Exit) -> None:
-        """A launcher saw a replica end (on one of its threads)."""
-        self._events.put(lambda: self._exited(replica, how))
+    def hear(self, change: Callable[[], None]) -> None:
+        """Queue what a launcher told (on one of its threads)."""
+        self._events.put(change)
 
-    def _exited(self, replica: str, how: Exit) -> None:
+    def _seen(self, kind: LauncherKind, sighting: Sighting) -> None:
+        self._fleet.seen(kind, sighting, self._folder, self._clock())
+
+    def _ended(self, replica: str, end: End) -> None:
+        self._fleet.ended(replica)
         service = self._fleet.owner_of(replica)
         found = service.replica(replica) if service is not None else None
         if service is None or found is None:
             return
-        name, kind = service.spec.name, service.spec.launcher
-        if found.phase is Phase.STOPPING:
-            log.info("service %s replica %s: stopped", name, replica)
-        else:
-            how_it_was = found.phase.value
-            log.info("service %s replica %s: %s (%s)", name, replica, how.describe(), how_it_was)
+        name, kind, phase = service.spec.name, service.spec.launcher, found.phase
+        log.info("service %s replica %s: %s (was %s)", name, replica, end.reason, phase.value)
 
         def with_log() -> None:
             lines = self._log_tail(kind, replica)
-            self._change(name, lambda s, now: events.ended(s, replica, how, lines, now))
+            self._change(name, lambda s, now: events.ended(s, replica, end, lines, now))
 
-        starting = found.phase in LAUNCHING and found.never_routable
-        if starting and found.drain is None:
-            self._run(with_log)
-        else:
-            self._fleet.change(name, lambda s: events.ended(s, replica, how, (), self._clock()))
+        def log_later() -> None:
+            lines = self._log_tail(kind, replica)
+            self._change(name, lambda s, now: events.last_output(s, end.reason, lines))
+
+        expected = found.drain is not None or phase is Phase.STOPPING
+        if phase in LAUNCHING and found.never_routable and not expected:
+            self._run(kind, with_log)
+            return
+        self._fleet.change(name, lambda s: events.ended(s, replica, end, (), self._clock()))
+        if not expected and phase is not Phase.FAILED:
+            self._run(kind, log_later)
+
+    def _hopeless(self, replica: str, refusal: Refusal) -> None:
+        service = self._fleet.owner_of(replica)
+        if service is not None:
+            name = service.spec.name
+            self._fleet.change(name, lambda s: events.hopeless(s, replica, refusal))
+
+    def _listed(self, services: frozenset[str]) -> None:
+        for name in services:
+            self._fleet.change(name, events.listed)
 
     # -- pool threads ----------------------------------------------------------------------
 
@@ -212,13 +259,15 @@ class Control:
         spec, replica = effect.spec, effect.replica
         match effect:
             case LaunchReplica():
-                self._run(lambda: self._launch(spec, replica))
+                self._run(spec.launcher, lambda: self._launch(spec, replica))
             case FetchLastWords():
-                self._run(lambda: self._last_words(spec, replica))
+                self._run(spec.launcher, lambda: self._last_words(spec, replica))
+            case ReconnectReplica():
+                self._run(spec.launcher, lambda: self._reconnect(spec, replica))
             case _:
-                self._run(lambda: self._stop(spec, replica))
+                self._run(spec.launcher, lambda: self._stop(spec, replica))
 
-    def _run(self, work: Callable[[], None]) -> None:
+    def _run(self, kind: LauncherKind, work: Callable[[], None]) -> None:
         def guarded() -> None:
             try:
                 work()
@@ -226,16 +275,13 @@ class Control:
                 log.exception("work on a replica failed; what is due is decided again")
 
         try:
-            self._pool.submit(guarded)
+            self._pools[kind].submit(guarded)
         except RuntimeError:
             log.info("shutting down: no more work is begun")
 
     def _launch(self, spec: ServiceSpec, replica: str) -> None:
-        launcher = self._launchers.get(spec.launcher)
         try:
-            if launcher is None:
-                raise CannotStart(f"this version has no launcher {spec.launcher.value!r}")
-            running = launcher.launch(spec, replica)
+            sighting = self._launchers[spec.launcher].launch(spec, replica)
         except (StartRefused, CannotStart) as error:
             self._launch_failed(spec, replica, error.reason, str(error))
         except Exception as error:
@@ -243,30 +289,51 @@ class Control:
             self._stop(spec, replica)
             self._launch_failed(spec, replica, StartRefused.reason, f"internal error: {error!r}")
         else:
-            self._change(spec.name, lambda s, now: events.launched(s, running, now))
+            self._change(spec.name, lambda s, now: events.launched(s, sighting, now))
 
     def _launch_failed(self, spec: ServiceSpec, replica: str, code: str, why: str) -> None:
         self._change(spec.name, lambda s, now: events.launch_failed(s, replica, code, why, now))
 
     def _stop(self, spec: ServiceSpec, replica: str) -> None:
-        launcher = self._launchers.get(spec.launcher)
-        if launcher is not None:
-            launcher.stop(replica)
+        self._launchers[spec.launcher].stop(replica)
+
+    def _reconnect(self, spec: ServiceSpec, replica: str) -> None:
+        self._launchers[spec.launcher].reconnect(replica)
 
     def _last_words(self, spec: ServiceSpec, replica: str) -> None:
         lines = self._log_tail(spec.launcher, replica)
-        self._change(spec.name, lambda s, now: events.last_words(s, replica, lines, now))
+        hint = self._launchers[spec.launcher].explain(replica)
+        self._change(spec.name, lambda s, now: events.last_words(s, replica, lines, now, hint))
         self._stop(spec, replica)
 
     def _log_tail(self, kind: LauncherKind, replica: str) -> tuple[str, ...]:
-        launcher = self._launchers.get(kind)
-        return () if launcher is None else tuple(launcher.log_tail(replica, LOG_LINES))
+        return tuple(self._launchers[kind].log_tail(replica, LOG_LINES))
 
     def _change(self, name: str, fold: Callable[[Service, float], Service]) -> None:
         """Queue a change of one service."""
         self._events.put(
             lambda: self._fleet.change(name, lambda service: fold(service, self._clock()))
         )
+
+
+class _Ears:
+    """Hears what one launcher tells of its replicas, and queues it for the control thread."""
+
+    def __init__(self, control: Control, kind: LauncherKind) -> None:
+        self._control = control
+        self._kind = kind
+
+    def seen(self, sighting: Sighting) -> None:
+        self._control.hear(lambda: self._control._seen(self._kind, sighting))
+
+    def ended(self, replica: str, end: End) -> None:
+        self._control.hear(lambda: self._control._ended(replica, end))
+
+    def hopeless(self, replica: str, reason: str, code: str = "cannot-start") -> None:
+        self._control.hear(lambda: self._control._hopeless(replica, Refusal(code, reason)))
+
+    def listed(self, services: frozenset[str]) -> None:
+        self._control.hear(lambda: self._control._listed(services))
 
 
 def _nothing() -> None:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from slurmgate.model import Exit, Health, Phase, Running, ServiceSpec
+from slurmgate.model import End, Fault, Health, Phase, ServiceSpec, Sighting
 from slurmgate.observed import (
     LAUNCHING,
     Demand,
     Failure,
+    Refusal,
     Replica,
     ReplicaReport,
     Service,
@@ -23,51 +24,91 @@ from slurmgate.observed import (
 
 MAX_BACKOFF = 60.0
 STEADY_AFTER = 60.0
+PORTS_TRIED = 5
+LEFT = frozenset({Phase.FAILED, Phase.STOPPING})
 
 
-def adopted(service: Service, running: Running, now: float) -> Service:
+def adopted(service: Service, sighting: Sighting, now: float) -> Service:
     """Take over a replica that an earlier backend started.
 
-    What an earlier snapshot said of it is unknown, so it counts as possibly routable until a
-    snapshot of this backend has said otherwise.
+    What an earlier snapshot said of one with an endpoint is unknown, so it counts as possibly
+    routable until a snapshot of this backend has said otherwise.
     """
-    return replace(
-        service,
-        replicas=(
-            *service.replicas,
-            Replica(
-                id=running.replica,
-                phase=Phase.STARTING,
-                start_hash=running.start_hash,
-                since=now,
-                created_at=running.started_at,
-                port=running.port,
-                endpoint=running.endpoint,
-                job_id=running.job_id,
-                node=running.node,
-                running_at=running.started_at,
-                closed_at=None,
-            ),
-        ),
+    reached = sighting.endpoint is not None
+    fresh = Replica(
+        id=sighting.replica,
+        phase=sighting.phase,
+        start_hash=sighting.start_hash,
+        since=now,
+        created_at=sighting.created_at,
+        gen=sighting.gen,
+        endpoint=sighting.endpoint,
+        closed_at=None if reached else 0,
+        adopted=reached,
     )
+    taken = replace(service, replicas=(*service.replicas, _told(fresh, sighting)))
+    return taken if reached else replace(taken, last_demand=now)
 
 
-def launched(service: Service, running: Running, now: float) -> Service:
-    """A launch succeeded: the replica runs and its endpoint is known."""
-    found = service.replica(running.replica)
+def launched(service: Service, sighting: Sighting, now: float) -> Service:
+    """A launch succeeded. What was seen since is newer than what it says."""
+    found = service.replica(sighting.replica)
+    if found is None or found.phase is not Phase.SUBMITTED:
+        return service
+    return seen(service, sighting, now)
+
+
+def seen(service: Service, sighting: Sighting, now: float) -> Service:
+    """The launcher tells how a replica does.
+
+    At another place than before (its job was queued again) it starts anew: what was known of its
+    health says nothing any more.
+    """
+    found = service.replica(sighting.replica)
     if found is None:
         return service
-    started = replace(
-        found,
-        phase=Phase.STARTING,
+    known = _told(found, sighting)
+    same_place = (sighting.endpoint, sighting.gen) == (found.endpoint, found.gen)
+    no_news = sighting.endpoint is not None or sighting.phase is found.phase
+    if found.phase in LEFT or (same_place and no_news):
+        return with_replica(service, known)
+    moved = replace(
+        known,
+        phase=sighting.phase,
         since=now,
-        port=running.port,
-        endpoint=running.endpoint,
-        job_id=running.job_id,
-        node=running.node,
-        running_at=running.started_at,
+        endpoint=sighting.endpoint,
+        gen=sighting.gen,
+        adopted=False,
+        hopeless=None,
+        ready_at=None,
+        health=Health.UNKNOWN,
+        health_detail="",
+        down_since=None,
     )
-    return with_replica(service, started)
+    changed = with_replica(service, moved)
+    return replace(changed, last_demand=now) if found.endpoint is not None else changed
+
+
+def _told(replica: Replica, sighting: Sighting) -> Replica:
+    return replace(
+        replica,
+        port=sighting.port,
+        job_id=sighting.job_id,
+        node=sighting.node,
+        running_at=sighting.running_at,
+        progress=sighting.reason,
+        notice=sighting.notice,
+        starts_at=sighting.starts_at,
+        ends_at=sighting.ends_at,
+    )
+
+
+def hopeless(service: Service, replica_id: str, refusal: Refusal) -> Service:
+    """A replica on its way will never serve; of one that has served its health decides."""
+    found = service.replica(replica_id)
+    if found is None or found.phase not in LAUNCHING:
+        return service
+    return with_replica(service, replace(found, hopeless=refusal))
 
 
 def launch_failed(service: Service, replica_id: str, code: str, reason: str, now: float) -> Service:
@@ -90,26 +131,41 @@ def failed(service: Service, code: str, reason: str, log: tuple[str, ...], now: 
     )
 
 
-def ended(
-    service: Service, replica_id: str, how: Exit, log: tuple[str, ...], now: float
-) -> Service:
-    """The replica's processes are gone. Its own end during a start is a failed start; that of one
-    which was ready (or may have been, before it was adopted) is nobody's fault at first.
+def ended(service: Service, replica_id: str, end: End, log: tuple[str, ...], now: float) -> Service:
+    """The replica's job or process is gone. Its own end during a start is a failed start; that of
+    one which was ready (or may have been, before it was adopted) is nobody's fault at first.
     """
     found = service.replica(replica_id)
     if found is None:
         return service
     rest = without_replica(service, replica_id)
     if found.phase is Phase.FAILED:
-        return failed(rest, "start-failed", found.reason or "", log, now)
+        code = found.hopeless.code if found.hopeless is not None else end.code
+        return failed(rest, code, found.reason or "", log, now)
     if found.phase is Phase.STOPPING or found.drain is not None:
         return rest
-    if found.phase in LAUNCHING and found.never_routable:
-        return failed(rest, "start-failed", f"the service {how.describe()} during start", log, now)
+    fresh = found.phase in LAUNCHING and found.never_routable
+    if fresh and end.fault is Fault.PORT and service.ports_taken < PORTS_TRIED:
+        return replace(rest, ports_taken=service.ports_taken + 1)
+    if fresh and end.fault is not Fault.NOBODY:
+        return failed(rest, end.code, f"{end.reason} during start", log, now)
     lived = now - (found.since if found.ready_at is None else found.ready_at)
     crashes = service.crashes + 1 if lived < STEADY_AFTER else 1
     pause = 0.0 if crashes == 1 else min(MAX_BACKOFF, 2.0 ** (crashes - 2))
-    return replace(rest, lost=rest.lost + 1, crashes=crashes, not_before=now + pause)
+    return replace(
+        rest,
+        lost=rest.lost + 1,
+        crashes=crashes,
+        not_before=now + pause,
+        last_end=end.reason,
+        last_output=log,
+        last_demand=now,
+    )
+
+
+def last_output(service: Service, reason: str, log: tuple[str, ...]) -> Service:
+    """The last lines of a replica that ended by itself are here."""
+    return replace(service, last_output=log) if service.last_end == reason else service
 
 
 def reported(service: Service, report: ServiceReport, now: float) -> Service:
@@ -164,13 +220,25 @@ def published(replica: Replica, number: int) -> Replica:
     return replica
 
 
-def last_words(service: Service, replica_id: str, log: tuple[str, ...], now: float) -> Service:
-    """The log of a replica whose start was given up is here: say so to everybody who waits."""
+def last_words(
+    service: Service, replica_id: str, log: tuple[str, ...], now: float, hint: str | None = None
+) -> Service:
+    """The log of a replica whose start was given up is here: say so to everybody who waits.
+
+    ``hint`` is what its launcher can add to the reason.
+    """
     found = service.replica(replica_id)
     if found is None or found.phase is not Phase.FAILED:
         return service
     stopping = with_replica(service, replace(found, phase=Phase.STOPPING, since=now))
-    return failed(stopping, "start-failed", found.reason or "", log, now)
+    reason = "; ".join(filter(None, (found.reason, hint)))
+    code = "start-failed" if found.hopeless is None else found.hopeless.code
+    return failed(stopping, code, reason, log, now)
+
+
+def listed(service: Service) -> Service:
+    """Its host was listed: what runs of it is known."""
+    return replace(service, unlisted=False)
 
 
 def configured(service: Service, spec: ServiceSpec) -> Service:

@@ -7,6 +7,7 @@ only. No method does I/O or reads a clock; what is to be done outside comes back
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,12 +15,14 @@ from typing import Any
 
 from slurmgate import events, lifecycle, snapshot
 from slurmgate.errors import UnknownService
-from slurmgate.model import LauncherKind, Running, ServiceSpec
+from slurmgate.model import LauncherKind, ServiceSpec, Sighting
 from slurmgate.observed import ReplicaReport, Service, ServiceReport, with_replica
 
 log = logging.getLogger(__name__)
 
 MAX_STEPS = 8
+REMEMBERED_ENDS = 1000
+LISTING_PATIENCE = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,7 @@ class View:
     enabled: bool
     gate_seen: float
     gate_stored: int | None
+    settled: bool = True
 
     def find(self, name: str) -> Service:
         """Find a configured service by name or route; raise UnknownService."""
@@ -83,7 +87,15 @@ class FetchLastWords:
     replica: str
 
 
-Effect = LaunchReplica | StopReplica | FetchLastWords
+@dataclass(frozen=True, slots=True)
+class ReconnectReplica:
+    """To be done outside: make the way to this replica anew."""
+
+    spec: ServiceSpec
+    replica: str
+
+
+Effect = LaunchReplica | StopReplica | FetchLastWords | ReconnectReplica
 
 
 class Fleet:
@@ -103,6 +115,9 @@ class Fleet:
         self._gate_seen = now
         self._gate_stored: int | None = None
         self._before_gate: dict[str, int] = {}
+        self._ended: deque[str] = deque(maxlen=REMEMBERED_ENDS)
+        self._began = now
+        self._settled = False
 
     def view(self) -> View:
         """An immutable picture of everything."""
@@ -113,6 +128,7 @@ class Fleet:
             self._enabled,
             self._gate_seen,
             self._gate_stored,
+            self._settled,
         )
 
     # -- deciding --------------------------------------------------------------------------
@@ -125,6 +141,10 @@ class Fleet:
 
     def settle(self, now: float) -> list[Effect]:
         """Decide for every service that changed and number the snapshot; what is to be done."""
+        if not self._settled:
+            self._settled = now - self._began >= LISTING_PATIENCE or not any(
+                service.unlisted for service in self._services.values()
+            )
         changed = False
         dirty, self._dirty = self._dirty, set()
         for name in dirty & self._services.keys():
@@ -150,10 +170,13 @@ class Fleet:
             return
         self._services[name] = lifecycle.apply(service, action, now)
         _log_action(service, action, now)
+        _log_change(service, self._services[name])
         if isinstance(action, lifecycle.Stop):
             self._effects.append(StopReplica(service.spec, action.replica))
         elif isinstance(action, lifecycle.GiveUp):
             self._effects.append(FetchLastWords(service.spec, action.replica))
+        elif isinstance(action, lifecycle.Reconnect):
+            self._effects.append(ReconnectReplica(service.spec, action.replica))
 
     def _note(self, name: str, now: float) -> bool:
         """Did anything change that the gate must know?"""
@@ -178,16 +201,9 @@ class Fleet:
     # -- events ----------------------------------------------------------------------------
 
     def _set(self, name: str, service: Service) -> None:
-        before = self._services.get(name)
+        _log_change(self._services.get(name), service)
         self._services[name] = service
         self._dirty.add(name)
-        failure = service.failure
-        if failure is not None and (before is None or before.failure is not failure):
-            tail = "".join(f"\n    {line}" for line in failure.log)
-            wait = failure.retry_at - failure.at
-            log.warning(
-                "service %s: start failed: %s; next try in %g s%s", name, failure.reason, wait, tail
-            )
 
     def change(self, name: str, fold: Callable[[Service], Service]) -> None:
         """Change one service by name, if there (still) is one."""
@@ -235,14 +251,34 @@ class Fleet:
                 changed = lifecycle.stop_by_admin(changed, 0.0, now)
             self._set(name, changed)
 
-    def adopt(self, kind: LauncherKind, running: Running, folder: Path, now: float) -> None:
+    def seen(self, kind: LauncherKind, sighting: Sighting, folder: Path, now: float) -> None:
+        """A launcher tells how a replica does; one that nobody knows is taken over."""
+        owner = self.owner_of(sighting.replica)
+        if owner is not None:
+            self.change(owner.spec.name, lambda s: events.seen(s, sighting, now))
+        elif sighting.replica not in self._ended:
+            self.adopt(kind, sighting, folder, now)
+
+    def ended(self, replica: str) -> None:
+        """Note that a replica has ended: what is still told of it comes too late."""
+        self._ended.append(replica)
+
+    def unlisted(self, names: Iterable[str]) -> None:
+        """Nobody can say of these services what runs. It matters of those that have replicas."""
+        for name in names:
+            service = self._services.get(name)
+            if service is not None and service.replicas:
+                self._set(name, replace(service, unlisted=True))
+
+    def adopt(self, kind: LauncherKind, sighting: Sighting, folder: Path, now: float) -> None:
         """Take over a replica that an earlier backend started, whatever is configured now."""
-        name = running.service
+        name = sighting.service
         if name not in self._services:
             spec = ServiceSpec(name, "", (), "", "/", 60.0, folder, launcher=kind)
             self._services[name] = Service(spec, retired=True)
-        self._set(name, events.adopted(self._services[name], running, now))
-        log.info("service %s replica %s: adopted, %s", name, running.replica, running.endpoint)
+        self._set(name, events.adopted(self._services[name], sighting, now))
+        where = sighting.endpoint or sighting.phase.value
+        log.info("service %s replica %s: adopted, %s", name, sighting.replica, where)
 
     def report(self, report: Report, now: float) -> None:
         """Take in what a gate says; a gate that another one has followed is not heard."""
@@ -291,6 +327,23 @@ def _unsettled(service: Service) -> bool:
     )
 
 
+def _log_change(before: Service | None, after: Service) -> None:
+    """Say what became of a start or of a replica that ended by itself, with its last lines."""
+    name, failure = after.spec.name, after.failure
+    if failure is not None and (before is None or before.failure is not failure):
+        wait, tail = failure.retry_at - failure.at, _indented(failure.log)
+        log.warning(
+            "service %s: start failed: %s; next try in %g s%s", name, failure.reason, wait, tail
+        )
+    if after.last_output and (before is None or before.last_output is not after.last_output):
+        tail = _indented(after.last_output)
+        log.info("service %s: %s; its last lines:%s", name, after.last_end, tail)
+
+
+def _indented(lines: Iterable[str]) -> str:
+    return "".join(f"\n    {line}" for line in lines)
+
+
 def _log_action(service: Service, action: lifecycle.Action, now: float) -> None:
     name = service.spec.name
     match action:
@@ -304,5 +357,7 @@ def _log_action(service: Service, action: lifecycle.Action, now: float) -> None:
             log.info("service %s replica %s: ready again, demand came while draining", name, r)
         case lifecycle.Stop(replica=r, reason=why) | lifecycle.GiveUp(replica=r, reason=why):
             log.info("service %s replica %s: stopping: %s", name, r, why)
+        case lifecycle.Reconnect(replica=r):
+            log.info("service %s replica %s: does not answer: opening its tunnel anew", name, r)
         case _:
             pass

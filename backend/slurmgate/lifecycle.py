@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from slurmgate.events import last_words
-from slurmgate.model import Health, Phase
+from slurmgate.model import Health, LauncherKind, Phase
 from slurmgate.observed import (
     LAUNCHING,
     RECENT_COLD_STARTS,
@@ -75,7 +75,14 @@ class GiveUp:
     reason: str
 
 
-Action = Launch | MarkReady | Close | Reopen | Stop | GiveUp
+@dataclass(frozen=True, slots=True)
+class Reconnect:
+    """It runs and answers nothing: have the way to it made anew, once each time."""
+
+    replica: str
+
+
+Action = Launch | MarkReady | Close | Reopen | Stop | GiveUp | Reconnect
 
 
 def decide(service: Service, gate_seen: float, now: float) -> tuple[Action, ...]:
@@ -132,6 +139,8 @@ def _decide_pending(service: Service, replica: Replica, now: float) -> Action | 
     spec = service.spec
     if service.retired or replica.drain is not None or _changed(service, replica):
         return Stop(replica.id, "no longer wanted")
+    if replica.hopeless is not None:
+        return GiveUp(replica.id, replica.hopeless.reason)
     if spec.queue_timeout and now - replica.created_at >= spec.queue_timeout:
         reason = f"still in the queue after {spec.queue_timeout:g} s (queue_timeout)"
         return GiveUp(replica.id, reason)
@@ -149,6 +158,10 @@ def _decide_starting(service: Service, replica: Replica, now: float) -> Action |
         return Close(replica.id, replica.drain or Drain.REMOVED, replica.drain_by)
     if replica.health is Health.UP:
         return MarkReady(replica.id)
+    if replica.hopeless is not None:
+        if replica.never_routable:
+            return GiveUp(replica.id, replica.hopeless.reason)
+        return Close(replica.id, Drain.UNHEALTHY)
     began = replica.since  # an adopted one began long ago: what counts is what we see of it
     if replica.never_routable and replica.running_at is not None:
         began = replica.running_at
@@ -170,6 +183,8 @@ def _decide_ready(service: Service, replica: Replica, silent: float, now: float)
         return Close(replica.id, Drain.SILENT)
     if replica.down_since is not None and now - replica.down_since >= spec.replace_after:
         return Close(replica.id, Drain.UNHEALTHY)
+    if spec.launcher is LauncherKind.SLURM and _may_reconnect(replica):
+        return Reconnect(replica.id)
     since = service.idle_since(replica.ready_at or replica.since)
     if since is None or replica.in_flight > 0:
         return None
@@ -180,6 +195,13 @@ def _decide_ready(service: Service, replica: Replica, silent: float, now: float)
         by = now + spec.drain_timeout if spec.drain_timeout else None
         return Close(replica.id, Drain.IDLE, by)
     return None
+
+
+def _may_reconnect(replica: Replica) -> bool:
+    """Once each time it goes down, and never while a request may still get its answer."""
+    if replica.down_since is None or replica.in_flight > 0:
+        return False
+    return replica.reconnected_at is None or replica.reconnected_at < replica.down_since
 
 
 def _decide_draining(
@@ -241,7 +263,7 @@ def launching(service: Service, replica_id: str, now: float) -> Service:
 
 
 def apply(
-    service: Service, action: MarkReady | Close | Reopen | Stop | GiveUp, now: float
+    service: Service, action: MarkReady | Close | Reopen | Stop | GiveUp | Reconnect, now: float
 ) -> Service:
     """Give the service as it is once the action was taken."""
     replica = service.replica(action.replica)
@@ -276,6 +298,8 @@ def apply(
             return with_replica(
                 service, replace(replica, phase=Phase.FAILED, since=now, reason=reason)
             )
+        case Reconnect():
+            return with_replica(service, replace(replica, reconnected_at=now))
 
 
 def _renew(why: Drain) -> bool:
@@ -292,6 +316,7 @@ def _ready(service: Service, replica: Replica, now: float) -> Service:
         since=now,
         ready_at=now if last_use is None else last_use,
         down_since=None,
+        adopted=False,
     )
     service = with_replica(service, ready)
     if not was_adopted:
@@ -302,7 +327,15 @@ def _ready(service: Service, replica: Replica, now: float) -> Service:
             cold_starts=recent,
             cold_start_histogram=service.cold_start_histogram.add(cold_start),
         )
-    return replace(service, failures=0, failure=None, start_lease=False)
+    return replace(
+        service,
+        failures=0,
+        failure=None,
+        start_lease=False,
+        last_end=None,
+        last_output=(),
+        ports_taken=0,
+    )
 
 
 def stop_by_admin(service: Service, drain_for: float, now: float) -> Service:

@@ -191,15 +191,59 @@ class Exit:
         return "ended, nobody could see how"
 
 
+class Fault(StrEnum):
+    """Whose fault it is that a replica ended; ``port``: its port was taken on the node."""
+
+    SERVICE = "service"
+    NOBODY = "nobody"
+    PORT = "port"
+
+
 @dataclass(frozen=True, slots=True)
-class Running:
-    """A replica that its launcher has started or adopted."""
+class End:
+    """How a replica ended, in a clause such as ``job 4711 was cancelled``, and whose fault it is.
+
+    ``code`` is what requests held for it are refused with.
+    """
+
+    reason: str
+    fault: Fault = Fault.SERVICE
+    code: str = "start-failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Sighting:
+    """What a launcher knows of a replica of its own at one moment.
+
+    ``phase`` is SUBMITTED (nobody knows whether the job exists), PENDING, RUNNING (it runs and
+    cannot be reached yet) or STARTING (``endpoint`` is known). ``gen`` counts the places it has
+    been at. ``reason`` says why it is no further, ``notice`` what else people should know.
+    ``starts_at`` is the scheduler's estimate, ``ends_at`` the end by its time limit.
+    """
 
     replica: str
     service: str
     start_hash: str
-    port: int
-    endpoint: str
+    phase: Phase
+    created_at: float
+    port: int | None = None
+    endpoint: str | None = None
+    gen: int = 1
+    job_id: str | None = None
+    node: str | None = None
+    reason: str | None = None
+    notice: str | None = None
+    running_at: float | None = None
+    starts_at: float | None = None
+    ends_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stranger:
+    """A job of our instance that belongs to another owner: shown, and left alone."""
+
+    owner: str
     job_id: str
-    node: str
-    started_at: float
+    service: str
+    state: str
+    host: str

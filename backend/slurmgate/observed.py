@@ -31,11 +31,22 @@ class Drain(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Refusal:
+    """What requests are told when a start has no prospect."""
+
+    code: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Replica:
     """One job or process. ``closed_at`` is the number of the first snapshot since which the gate
     may not route to it: None while it is routable or no snapshot has said so yet, 0 when it has
     never been routable. ``acked`` and ``quiet`` are what the gate proved since it was closed:
     that no new request can reach it, and that none is left on it.
+
+    ``progress`` and ``notice`` are its launcher's words; ``hopeless`` is why it will never serve.
+    ``adopted``: an earlier backend started it, and nobody has said yet how it does.
     """
 
     id: str
@@ -60,6 +71,13 @@ class Replica:
     drain: Drain | None = None
     drain_by: float | None = None
     reason: str | None = None
+    adopted: bool = False
+    hopeless: Refusal | None = None
+    reconnected_at: float | None = None
+    progress: str | None = None
+    notice: str | None = None
+    starts_at: float | None = None
+    ends_at: float | None = None
 
     @property
     def routable(self) -> bool:
@@ -115,7 +133,9 @@ class Service:
 
     ``failures`` counts failed starts in a row; while their backoff runs, requests are refused.
     ``crashes`` counts replicas in a row that died soon after they were ready; ``not_before`` holds
-    the next start back a little, and requests wait for it.
+    the next start back a little, and requests wait for it. ``last_end`` and ``last_output`` are of
+    the last replica that ended by itself since one was ready. ``unlisted``: nobody can say yet
+    whether more of it runs, or whether that still does.
     """
 
     spec: ServiceSpec
@@ -130,6 +150,10 @@ class Service:
     failure: Failure | None = None
     crashes: int = 0
     not_before: float = float("-inf")
+    last_end: str | None = None
+    last_output: tuple[str, ...] = ()
+    ports_taken: int = 0
+    unlisted: bool = False
     cold_starts: tuple[float, ...] = ()
     cold_start_histogram: Histogram = field(default_factory=Histogram)
     lost: int = 0

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
-from slurmgate.model import Exit, Running, ServiceSpec
-
-OnExit = Callable[[str, Exit], None]
-"""Called with replica id and exit once a replica's processes are known to have ended."""
+from slurmgate.model import End, ServiceSpec, Sighting, Stranger
 
 
 class Clock(Protocol):
@@ -17,26 +15,64 @@ class Clock(Protocol):
     def __call__(self) -> float: ...
 
 
-class Launcher(Protocol):
-    """Starts, stops and adopts replicas. Methods may block; they run on pool threads.
+class Observer(Protocol):
+    """Told by a launcher what becomes of its replicas; callable from any thread, never blocks."""
 
-    An end of a replica is reported through ``on_exit`` exactly once, whoever caused it.
+    def seen(self, sighting: Sighting) -> None:
+        """Progress, or any other change. Of a replica nobody knows: it is to be taken over."""
+
+    def ended(self, replica: str, end: End) -> None:
+        """Its job or process is gone; told exactly once, whoever caused it."""
+
+    def hopeless(self, replica: str, reason: str, code: str = "cannot-start") -> None:
+        """It will never serve, though its job lives: it is to be stopped, and why is shown."""
+
+    def listed(self, services: frozenset[str]) -> None:
+        """What runs of these services is known from now on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Adoption:
+    """What a launcher found of an earlier backend's replicas without asking any host.
+
+    ``unlisted``: services of which nobody can say yet whether more runs, or whether that still
+    does.
     """
 
-    def launch(self, spec: ServiceSpec, replica: str) -> Running:
+    sightings: tuple[Sighting, ...] = ()
+    unlisted: frozenset[str] = frozenset()
+
+
+class Launcher(Protocol):
+    """Starts, stops and adopts replicas. Methods may block; they run on pool threads."""
+
+    def launch(self, spec: ServiceSpec, replica: str) -> Sighting:
         """Start one replica; raise StartRefused or CannotStart when nothing was started."""
 
     def stop(self, replica: str) -> None:
         """End the replica's processes or job; idempotent. Returns when it is done or under way."""
 
-    def adopt(self, on_exit: OnExit) -> list[Running]:
-        """Find what an earlier backend left running, and from now on report ends to ``on_exit``.
+    def reconnect(self, replica: str) -> None:
+        """Make the way to a replica anew: it runs, and does not answer."""
 
-        Called once, before any other method. Records of replicas that have ended are removed.
+    def adopt(self, specs: Sequence[ServiceSpec], observer: Observer) -> Adoption:
+        """Find what an earlier backend left running, and from now on tell ``observer`` of it.
+
+        Called once, before any other method; waits for no host. Records of replicas that have
+        ended are removed.
         """
 
     def log_tail(self, replica: str, lines: int) -> list[str]:
         """Give the last lines of what the replica printed; empty when there is nothing."""
+
+    def explain(self, replica: str) -> str | None:
+        """Say what is known of why a running replica was never reached."""
+
+    def take_over(self, owner: str) -> int:
+        """Make the jobs of another owner of this instance ours; how many there were."""
+
+    def strangers(self) -> tuple[Stranger, ...]:
+        """Jobs of this instance that have another owner, as last listed."""
 
     def close(self, *, stop_replicas: bool) -> None:
         """Stop watching; with ``stop_replicas`` end every replica first, in parallel."""

@@ -14,6 +14,12 @@ from slurmgate.observed import LAUNCHING, Replica, Service
 ENDPOINT_PHASES = frozenset({Phase.STARTING, Phase.READY, Phase.DRAINING})
 DEFAULT_ESTIMATE = 10.0
 DISABLED_RETRY = 60.0
+_LAUNCH_WORDS = {
+    Phase.SUBMITTED: "being submitted",
+    Phase.PENDING: "queued",
+    Phase.RUNNING: "connecting",
+    Phase.STARTING: "starting",
+}
 
 
 def state(service: Service, now: float) -> str:
@@ -21,8 +27,8 @@ def state(service: Service, now: float) -> str:
     phases = {r.phase for r in service.replicas}
     if Phase.READY in phases:
         return "ready"
-    if any(r.phase is Phase.STARTING and not r.never_routable for r in service.replicas):
-        return "unknown"  # adopted: nobody has said yet how it does
+    if service.unlisted or any(r.adopted and r.phase is Phase.STARTING for r in service.replicas):
+        return "unknown"
     if phases & (LAUNCHING | {Phase.FAILED}):
         return "waking"
     if service.backing_off(now) and service.enabled:
@@ -37,13 +43,13 @@ def state(service: Service, now: float) -> str:
 def reason(service: Service, now: float) -> str | None:
     """Why it is in its state, in a sentence, where there is something to say."""
     for replica in service.replicas:
-        if replica.phase in LAUNCHING and replica.health_detail:
-            return f"starting: {replica.health_detail}"
+        if replica.phase in LAUNCHING and (replica.progress or replica.health_detail):
+            return f"{_LAUNCH_WORDS[replica.phase]}: {replica.progress or replica.health_detail}"
         if replica.phase is Phase.READY and replica.down_since is not None:
             return f"not healthy: {replica.health_detail}"
         if replica.phase is Phase.DRAINING and replica.drain is not None:
             return f"draining: {replica.drain.value}"
-    return service.failure.reason if service.failure is not None else None
+    return service.failure.reason if service.failure is not None else service.last_end
 
 
 def estimate(service: Service, now: float) -> float:
@@ -52,8 +58,15 @@ def estimate(service: Service, now: float) -> float:
         return service.failure.retry_at - now
     usual = service.cold_starts
     expected = sorted(usual)[len(usual) // 2] if usual else DEFAULT_ESTIMATE
+    queued = [r.starts_at - now for r in service.replicas if _queued(r) and r.starts_at is not None]
+    if queued:
+        return max(1.0, min(queued)) + DEFAULT_ESTIMATE
     launching = [now - r.created_at for r in service.replicas if r.phase in LAUNCHING]
     return max(1.0, expected - max(launching, default=0.0))
+
+
+def _queued(replica: Replica) -> bool:
+    return replica.phase is Phase.PENDING
 
 
 def refusal(service: Service, now: float) -> dict[str, Any] | None:
@@ -75,7 +88,7 @@ def essence(service: Service, now: float) -> dict[str, Any]:
         "name": spec.name,
         "route_name": spec.route_name,
         "retired": service.retired,
-        "unknown": False,
+        "unknown": service.unlisted,
         "api_paths": list(spec.api_paths),
         "no_wake": list(spec.no_wake),
         "models": list(spec.models),

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from slurmgate.model import Health, LauncherKind, Phase, Running, ServiceSpec
+from slurmgate.model import Health, LauncherKind, Phase, ServiceSpec, Sighting
 from slurmgate.observed import Replica, Service
 
 NOW = 1000.0
@@ -55,5 +55,17 @@ def service(*replicas: Replica, **changes: Any) -> Service:
     return Service(replicas=replicas, **changes)
 
 
-def running(replica_id: str, name: str = "LLM") -> Running:
-    return Running(replica_id, name, spec().start_hash(), 20001, "127.0.0.1:20001", "1", "n", NOW)
+def sighting(replica_id: str, **changes: Any) -> Sighting:
+    base = Sighting(
+        replica_id,
+        "LLM",
+        spec().start_hash(),
+        Phase.STARTING,
+        NOW,
+        port=20001,
+        endpoint="127.0.0.1:20001",
+        job_id="1",
+        node="n",
+        running_at=NOW,
+    )
+    return replace(base, **changes)

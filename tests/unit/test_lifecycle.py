@@ -8,11 +8,12 @@ import pytest
 
 from slurmgate import events, lifecycle, snapshot
 from slurmgate.lifecycle import Close, GiveUp, Launch, MarkReady, Reopen, Stop, decide
-from slurmgate.model import Exit, Health, Phase
+from slurmgate.model import End, Health, Phase
 from slurmgate.observed import Demand, Drain, ReplicaReport, ServiceReport, with_replica
-from tests.unit.builders import NOW, replica, running, service, spec, starting
+from tests.unit.builders import NOW, replica, service, sighting, spec, starting
 
 WAITING = Demand(waiting=1)
+DIED = End("the service died")
 
 
 def test_a_waiting_request_starts_a_cold_service():
@@ -54,7 +55,7 @@ def test_after_the_last_words_the_failure_is_known_and_the_replica_ends():
 @pytest.mark.parametrize(("failures", "backoff"), [(0, 1), (1, 2), (5, 32), (6, 60), (20, 60)])
 def test_the_backoff_doubles_up_to_a_minute(failures, backoff):
     before = service(starting(), failures=failures)
-    after = events.ended(before, "r1", Exit(code=3), ("bye",), NOW)
+    after = events.ended(before, "r1", End("the service exited with code 3"), ("bye",), NOW)
     assert after.failure is not None
     assert after.failure.retry_at - NOW == backoff
     assert "exited with code 3" in after.failure.reason
@@ -65,7 +66,7 @@ def test_the_backoff_doubles_up_to_a_minute(failures, backoff):
 def test_a_failed_start_ends_all_leases():
     leased = Demand(wanted_at=NOW - 1, lease_until=NOW + 100)
     before = service(starting(), demand=leased, start_lease=True)
-    after = events.ended(before, "r1", Exit(code=1), (), NOW)
+    after = events.ended(before, "r1", DIED, (), NOW)
     assert decide(after, NOW, NOW + 90) == ()
 
 
@@ -76,7 +77,7 @@ def test_a_lease_keeps_the_service_wanted_without_a_waiting_client():
 
 
 def test_a_death_while_ready_is_nobodys_failed_start():
-    after = events.ended(service(replica()), "r1", Exit(signal=9), (), NOW)
+    after = events.ended(service(replica()), "r1", DIED, (), NOW)
     assert after.failure is None
     assert decide(replace(after, demand=WAITING), NOW, NOW) == (Launch(),)
 
@@ -153,7 +154,7 @@ def test_a_new_replica_starts_beside_one_that_an_operator_stops():
 def test_a_stop_during_a_start_tells_those_who_wait_and_does_not_begin_anew():
     stopped = lifecycle.stop_by_admin(service(starting(), demand=WAITING), 60.0, NOW)
     assert decide(stopped, NOW, NOW) == (Stop("r1", "no longer wanted"),)
-    ended = events.ended(stopped, "r1", Exit(signal=15), (), NOW)
+    ended = events.ended(stopped, "r1", DIED, (), NOW)
     refusal = snapshot.refusal(ended, NOW)
     assert refusal is not None
     assert refusal["reason"] == Drain.ADMIN.value
@@ -228,7 +229,7 @@ def test_a_pending_job_fails_after_the_queue_timeout():
 
 
 def test_an_adopted_replica_is_ready_with_the_first_report_and_keeps_its_idle_time():
-    adopted = events.adopted(service(), running("r9"), NOW)
+    adopted = events.adopted(service(), sighting("r9"), NOW)
     told = events.reported(adopted, ServiceReport(requests=5, idle_s=8.0), NOW)
     heard = events.replica_reported(told.replicas[0], ReplicaReport(1, 0, Health.UP), None, NOW)
     ready = with_replica(told, heard)
@@ -256,14 +257,16 @@ def test_a_failure_whose_log_never_comes_counts_all_the_same():
 
 
 def test_an_adopted_replica_is_not_judged_by_the_time_before_its_adoption():
-    old = events.adopted(service(), replace(running("r9"), started_at=NOW - 7200), NOW)
+    old = events.adopted(
+        service(), sighting("r9", created_at=NOW - 7200, running_at=NOW - 7200), NOW
+    )
     assert decide(old, NOW, NOW) == ()
     assert snapshot.state(old, NOW) == "unknown"
 
 
 def test_an_adopted_replica_that_ends_before_the_first_report_is_no_failed_start():
-    old = events.adopted(service(demand=WAITING), running("r9"), NOW)
-    after = events.ended(old, "r9", Exit(), (), NOW)
+    old = events.adopted(service(demand=WAITING), sighting("r9"), NOW)
+    after = events.ended(old, "r9", DIED, (), NOW)
     assert after.failure is None
     assert decide(after, NOW, NOW) == (Launch(),)
 
@@ -272,14 +275,14 @@ def test_a_service_that_dies_again_and_again_is_started_ever_more_rarely():
     dying, now, pauses = service(demand=WAITING), NOW, []
     for _ in range(5):
         ready = replace(dying, replicas=(replica(ready_at=now),))
-        dying = events.ended(ready, "r1", Exit(code=1), (), now + 1)
+        dying = events.ended(ready, "r1", DIED, (), now + 1)
         pauses.append(dying.not_before - now - 1)
         assert decide(dying, now, now + 1) == (() if pauses[-1] else (Launch(),))
         now = max(dying.not_before, now + 1)
         assert decide(dying, now, now) == (Launch(),)
     assert pauses == [0, 1, 2, 4, 8]
     steady = replace(dying, replicas=(replica(ready_at=now - 61),))
-    assert events.ended(steady, "r1", Exit(code=1), (), now).not_before == now
+    assert events.ended(steady, "r1", DIED, (), now).not_before == now
 
 
 def test_of_two_adopted_replicas_the_older_one_drains():

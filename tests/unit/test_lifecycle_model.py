@@ -17,10 +17,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from slurmgate import events, observed
 from slurmgate.fleet import Effect, FetchLastWords, Fleet, LaunchReplica, Report, StopReplica
 from slurmgate.lifecycle import start_by_admin, stop_by_admin
-from slurmgate.model import Exit, Health, LauncherKind, Phase, Running, ServiceSpec
+from slurmgate.model import End, Health, LauncherKind, Phase, ServiceSpec, Sighting
 from slurmgate.observed import ReplicaReport, ServiceReport
 
 NAME = "S"
+DIED = End("the service died")
 SPEC = ServiceSpec(
     name=NAME,
     route_name="s",
@@ -85,7 +86,7 @@ class Life(RuleBasedStateMachine):
         self.gates = (f"gate{n}" for n in itertools.count(1))
         self.spec = SPEC
         self.todo: list[Effect] = []
-        self.alive: dict[str, Running] = {}
+        self.alive: dict[str, Sighting] = {}
         self.cancelled: set[str] = set()
         self.healthy: set[str] = set()
         self.reports: list[Report] = []
@@ -157,9 +158,9 @@ class Life(RuleBasedStateMachine):
     @precondition(lambda self: self.alive)
     @rule(data=st.data())
     def replica_crashes(self, data: st.DataObject) -> None:
-        self.end(data.draw(st.sampled_from(sorted(self.alive))), Exit(signal=9))
+        self.end(data.draw(st.sampled_from(sorted(self.alive))), DIED)
 
-    def end(self, replica: str, how: Exit) -> None:
+    def end(self, replica: str, how: End) -> None:
         self.vanish(replica)
         self.event(lambda s: events.ended(s, replica, how, (), self.now))
 
@@ -281,8 +282,14 @@ class Life(RuleBasedStateMachine):
         replica = effect.replica
         match effect:
             case LaunchReplica() if succeeds:
-                running = Running(
-                    replica, NAME, effect.spec.start_hash(), 1, "127.0.0.1:1", "1", "n", self.now
+                running = Sighting(
+                    replica,
+                    NAME,
+                    effect.spec.start_hash(),
+                    Phase.STARTING,
+                    self.now,
+                    endpoint="127.0.0.1:1",
+                    running_at=self.now,
                 )
                 self.alive[replica] = running
                 self.event(lambda s: events.launched(s, running, self.now))
@@ -299,7 +306,7 @@ class Life(RuleBasedStateMachine):
 
     def stop(self, replica: str) -> None:
         if replica in self.alive:
-            self.end(replica, Exit(signal=15))
+            self.end(replica, DIED)
 
     @precondition(lambda self: set(self.alive) - self.healthy)
     @rule()

@@ -24,7 +24,8 @@ from slurmgate import procfs
 from slurmgate.errors import StartRefused
 from slurmgate.launchers import spawn
 from slurmgate.launchers.process import ProcessLauncher, end_process_replicas
-from slurmgate.model import Exit, LauncherKind, ReplicaBounds, ServiceSpec
+from slurmgate.model import End, Exit, LauncherKind, ReplicaBounds, ServiceSpec
+from slurmgate.ports import Adoption
 from slurmgate.records import Record, Records
 from slurmgate.state import StateDir
 from tests.unit import builders
@@ -34,14 +35,29 @@ SLEEPER = "exec sleep 1000"
 STUBBORN = "trap '' TERM; echo ready; while :; do sleep 1000; done"
 
 
+def end(**how):
+    return End(f"the service {Exit(**how).describe()}")
+
+
 class Ends:
-    """Collects what a launcher reports."""
+    """Collects the ends that a launcher tells of; ``heard`` is called with each replica."""
 
-    def __init__(self):
-        self._queue: queue.SimpleQueue[tuple[str, Exit]] = queue.SimpleQueue()
+    def __init__(self, heard=lambda replica: None):
+        self._queue: queue.SimpleQueue[tuple[str, End]] = queue.SimpleQueue()
+        self._heard = heard
 
-    def __call__(self, replica, end):
+    def ended(self, replica, end):
+        self._heard(replica)
         self._queue.put((replica, end))
+
+    def seen(self, sighting):
+        raise AssertionError(sighting)
+
+    def hopeless(self, replica, reason, code="cannot-start"):
+        raise AssertionError(reason)
+
+    def listed(self, services):
+        raise AssertionError(services)
 
     def next(self):
         return self._queue.get(timeout=20)
@@ -68,7 +84,7 @@ class Machine:
 
     def fresh(self, **options) -> ProcessLauncher:
         launcher = self.launcher(**options)
-        assert launcher.adopt(self.ends) == []
+        assert launcher.adopt((), self.ends) == Adoption()
         return launcher
 
     def script(self, body: str, *, name: str = "run.sh", executable: bool = True) -> ServiceSpec:
@@ -149,7 +165,7 @@ def test_a_script_gets_its_port_its_environment_and_its_folder(machine):
 def test_a_script_that_is_not_executable_runs_with_bash(machine):
     launcher = machine.fresh()
     running = launcher.launch(machine.script("echo $1 $0", executable=False), "a1")
-    assert machine.ends.next() == ("a1", Exit(code=0))
+    assert machine.ends.next() == ("a1", end(code=0))
     assert machine.log("a1") == f"{running.port} {machine.folder}/run.sh\n"
 
 
@@ -181,7 +197,7 @@ def test_a_script_that_cannot_run_is_refused_with_the_reason(machine, prepare, r
         launcher.launch(machine.spec("run.sh"), "a1")
     assert machine.records.read_all() == []
     assert launcher.launch(machine.script("exit 0", name="good.sh"), "a1").replica == "a1"
-    assert machine.ends.next() == ("a1", Exit(code=0))
+    assert machine.ends.next() == ("a1", end(code=0))
 
 
 def test_a_script_nobody_lets_us_read_is_refused(as_ordinary_user):
@@ -295,9 +311,7 @@ def test_a_range_without_a_free_port_is_refused(machine):
 # ends
 
 
-@pytest.mark.parametrize(
-    ("body", "end"), [("exit 3", Exit(code=3)), ("kill -9 $$", Exit(signal=9))]
-)
+@pytest.mark.parametrize(("body", "end"), [("exit 3", end(code=3)), ("kill -9 $$", end(signal=9))])
 def test_the_way_a_replica_ended_is_reported_once_and_its_record_removed(machine, body, end):
     machine.fresh().launch(machine.script(body), "a1")
     assert machine.ends.next() == ("a1", end)
@@ -315,7 +329,7 @@ def test_children_that_outlive_the_script_are_killed_before_the_end_is_reported(
     machine.fresh().launch(machine.script(body), "a1")
     until(lambda: sum(p.comm == "sleep" for p in machine.marked()) >= 4)
     (machine.folder / "go").touch()
-    assert machine.ends.next() == ("a1", Exit(code=7))
+    assert machine.ends.next() == ("a1", end(code=7))
     assert machine.marked() == []
 
 
@@ -339,7 +353,7 @@ def test_stop_ends_the_whole_group_and_gives_it_time(machine):
     until(lambda: len(machine.log("a1").splitlines()) == 2)
     launcher.stop("a1")
     launcher.stop("a1")
-    assert machine.ends.next() == ("a1", Exit(code=5))
+    assert machine.ends.next() == ("a1", end(code=5))
     assert "child done" in machine.log("a1")
     assert machine.marked() == []
     launcher.stop("a1")
@@ -352,7 +366,7 @@ def test_what_ignores_the_request_to_end_is_killed(machine):
     launcher.launch(machine.script(f"({STUBBORN}) & {STUBBORN}"), "a1")
     until(lambda: machine.log("a1").count("ready") == 2)
     launcher.stop("a1")
-    assert machine.ends.next() == ("a1", Exit(signal=9))
+    assert machine.ends.next() == ("a1", end(signal=9))
     assert machine.marked() == []
 
 
@@ -361,18 +375,18 @@ def test_a_child_that_ignores_the_request_is_killed_though_its_parent_ended(mach
     launcher.launch(machine.script(f"({STUBBORN}) & exec sleep 1000"), "a1")
     until(lambda: "ready" in machine.log("a1"))
     launcher.stop("a1")
-    assert machine.ends.next() == ("a1", Exit(signal=15))
+    assert machine.ends.next() == ("a1", end(signal=15))
     assert machine.marked() == []
 
 
 def test_closing_asks_all_replicas_before_it_kills_any(machine):
     asked_at_first_end: list[bool] = []
 
-    def all_asked(replica, end):
+    def all_asked(_replica):
         asked_at_first_end.append(all("asked" in machine.log(f"r{i}") for i in range(8)))
 
     launcher = machine.launcher(kill_after=3.0)
-    launcher.adopt(all_asked)
+    launcher.adopt((), Ends(all_asked))
     spec = machine.script("trap 'echo asked' TERM; echo ready; while :; do sleep 0.01; done")
     for i in range(8):
         launcher.launch(spec, f"r{i}")
@@ -399,10 +413,10 @@ def test_a_later_backend_adopts_watches_and_stops(machine):
     started = [first.launch(spec, "a1"), first.launch(spec, "a2")]
     machine.close(first, stop_replicas=False)
     second, ends = machine.launcher(), Ends()
-    adopted = second.adopt(ends)
+    adopted = second.adopt((), ends).sightings
     for before, after in zip(started, adopted, strict=True):
-        assert abs(before.started_at - after.started_at) < 5
-        assert replace(after, started_at=before.started_at) == before
+        assert abs(before.running_at - after.running_at) < 5
+        assert replace(after, running_at=before.running_at, created_at=before.created_at) == before
     os.kill(int(adopted[0].job_id), signal.SIGKILL)
     assert ends.next()[0] == "a1"
     second.stop("a2")
@@ -421,7 +435,7 @@ folder = Path(sys.argv[1])
 spec = ServiceSpec(name="Echo service", route_name="echo", api_paths=("/",), bash_file="run.sh",
     check_health_path="/", timeout=1.0, folder=folder, launcher=LauncherKind.PROCESS)
 launcher = ProcessLauncher(StateDir.open(folder / "state"))
-launcher.adopt(lambda replica, end: None)
+launcher.adopt((), None)
 print(launcher.launch(spec, "k3f9").job_id, flush=True)
 sys.stdin.read(1)
 """
@@ -443,10 +457,10 @@ def killed_backend(machine) -> int:
 def test_a_replica_of_a_killed_backend_is_adopted_and_its_end_seen(machine):
     machine.script(SLEEPER)
     pid = killed_backend(machine)
-    (running,) = machine.launcher().adopt(machine.ends)
+    (running,) = machine.launcher().adopt((), machine.ends).sightings
     assert running.job_id == str(pid)
     os.kill(pid, signal.SIGKILL)
-    assert machine.ends.next() == ("k3f9", Exit())
+    assert machine.ends.next() == ("k3f9", end())
     assert machine.records.read_all() == []
 
 
@@ -455,9 +469,9 @@ def test_an_adopted_replica_is_stopped_with_its_whole_group(machine):
     killed_backend(machine)
     until(lambda: machine.log("k3f9").count("ready") == 2)
     launcher = machine.launcher(kill_after=0.2)
-    launcher.adopt(machine.ends)
+    launcher.adopt((), machine.ends)
     launcher.stop("k3f9")
-    assert machine.ends.next() == ("k3f9", Exit())
+    assert machine.ends.next() == ("k3f9", end())
     assert machine.marked() == []
 
 
@@ -468,7 +482,7 @@ def test_a_process_started_right_before_the_backend_died_is_found_by_its_marks(m
     (record,) = machine.records.read_all()
     machine.records.write(replace(record, pid=None, pid_start=None))
     launcher = machine.launcher()
-    (running,) = launcher.adopt(machine.ends)
+    (running,) = launcher.adopt((), machine.ends).sightings
     assert running.job_id == str(pid)
     (record,) = machine.records.read_all()
     assert record.pid == pid
@@ -480,7 +494,7 @@ def test_a_start_that_never_happened_leaves_nothing(machine):
     machine.script(SLEEPER)
     spec = machine.spec("run.sh")
     machine.records.write(record_of(spec, pid=None, pid_start=None))
-    assert machine.launcher().adopt(machine.ends) == []
+    assert machine.launcher().adopt((), machine.ends) == Adoption()
     assert machine.records.read_all() == []
 
 
@@ -510,7 +524,7 @@ def test_a_recycled_pid_is_neither_adopted_nor_touched(machine, change):
         values |= {"pid_start": start - 1} if change == "start" else {"boot": "another"}
         machine.records.write(record_of(spec, **values))
         launcher = machine.launcher()
-        assert launcher.adopt(machine.ends) == []
+        assert launcher.adopt((), machine.ends) == Adoption()
         launcher.stop("k3f9")
         assert machine.records.read_all() == []
         machine.close(launcher, stop_replicas=True)
@@ -525,7 +539,7 @@ def test_what_is_left_of_a_replica_whose_script_ended_unseen_is_killed(machine):
     start = procfs.start_time(pid) or 0
     os.kill(pid, signal.SIGKILL)
     until(lambda: not procfs.alive(pid, start))
-    assert machine.launcher().adopt(machine.ends) == []
+    assert machine.launcher().adopt((), machine.ends) == Adoption()
     until(lambda: machine.marked() == [])
 
 
@@ -537,7 +551,7 @@ def test_a_stop_under_way_goes_on_after_a_restart_and_nobody_is_told(machine):
     machine.close(launcher, stop_replicas=False)
     ends = Ends()
     second = machine.launcher(kill_after=0.2)
-    assert second.adopt(ends) == []
+    assert second.adopt((), ends) == Adoption()
     until(lambda: machine.records.read_all() == [])
     assert machine.marked() == []
     assert ends.empty
@@ -548,7 +562,7 @@ def test_a_replica_whose_record_was_lost_is_ended(machine):
     launcher.launch(machine.script(SLEEPER), "a1")
     machine.close(launcher, stop_replicas=False)
     machine.records.remove("a1")
-    machine.launcher().adopt(machine.ends)
+    machine.launcher().adopt((), machine.ends)
     until(lambda: machine.marked() == [])
 
 
@@ -556,7 +570,7 @@ def test_replicas_of_another_state_directory_are_left_alone(machine, tmp_path):
     machine.script(SLEEPER)
     pid = killed_backend(machine)
     other = ProcessLauncher(StateDir.open(tmp_path / "other"))
-    assert other.adopt(machine.ends) == []
+    assert other.adopt((), machine.ends) == Adoption()
     other.close(stop_replicas=True)
     assert procfs.alive(pid, procfs.start_time(pid) or 0)
 
@@ -579,8 +593,10 @@ def test_a_backend_started_in_a_shell_of_its_replica_outlives_that_replica(machi
         "import pathlib, queue, sys; from slurmgate.state import StateDir\n"
         "from slurmgate.launchers.process import ProcessLauncher\n"
         "ends = queue.SimpleQueue()\n"
+        "class Ends:\n"
+        "    def ended(self, replica, end): ends.put(replica)\n"
         "launcher = ProcessLauncher(StateDir.open(pathlib.Path(sys.argv[1])))\n"
-        "launcher.adopt(lambda replica, end: ends.put(replica)); launcher.stop('a1')\n"
+        "launcher.adopt((), Ends()); launcher.stop('a1')\n"
         "print(ends.get(timeout=20))"
     )
     result = subprocess.run(

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from flask import Blueprint, Response, request
 
 from slurmgate.control import Control
-from slurmgate.errors import CannotStart, Unauthorized
+from slurmgate.errors import Unauthorized
 from slurmgate.reload import Reloader
 
 
@@ -79,9 +79,6 @@ def blueprint(
 
     @routes.post("/admin/adopt/<owner>")
     def adopt(owner: str) -> Response:
-        raise CannotStart(
-            f"cannot adopt jobs of {owner}: only Slurm jobs can be adopted by hand, and this"
-            " version has no Slurm launcher"
-        )
+        return done(owner=owner, adopted=control.take_over(owner))
 
     return routes

@@ -6,6 +6,7 @@ of reason and estimates, but no log lines, node names, job ids or version.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -48,6 +49,7 @@ def blueprint(control: Control, reloader: Reloader, clock: Clock, instance: str)
                 "management_enabled": view.enabled,
                 "config": {"loaded_at": reloader.loaded_at, "error": shown},
                 "services": services,
+                "strangers": _strangers(control) if private else [],
             }
         )
 
@@ -58,6 +60,11 @@ def blueprint(control: Control, reloader: Reloader, clock: Clock, instance: str)
         return _json(service_info(view.find(name), view, clock(), private=_private()))
 
     return routes
+
+
+def _strangers(control: Control) -> list[dict[str, str]]:
+    """Jobs of our instance with another owner; ``slurmgate adopt OWNER`` takes them over."""
+    return [dataclasses.asdict(stranger) for stranger in control.strangers()]
 
 
 def _private() -> bool:
@@ -94,7 +101,8 @@ def service_info(service: Service, view: View, now: float, *, private: bool) -> 
         "replicas": [_replica(r, now, private=private) for r in service.replicas],
     }
     failure = service.failure
-    entry["log"] = list(failure.log) if private and failure is not None else []
+    lines = service.last_output if failure is None else failure.log
+    entry["log"] = list(lines) if private else []
     return entry
 
 
@@ -103,13 +111,15 @@ def _reason(service: Service, now: float, *, private: bool) -> str | None:
         return snapshot.reason(service, now)
     if service.failure is not None:
         return service.failure.code
+    if any(r.phase is Phase.PENDING for r in service.replicas):
+        return "queued"
     return "starting" if any(r.phase in LAUNCHING for r in service.replicas) else None
 
 
 def _replica(replica: Replica, now: float, *, private: bool) -> dict[str, Any]:
     reason = replica.reason or (replica.drain.value if replica.drain else None)
     if reason is None and replica.phase in LAUNCHING:
-        reason = replica.health_detail or None
+        reason = replica.progress or replica.health_detail or None
     return {
         "id": replica.id,
         "state": replica.phase.value,
@@ -117,8 +127,14 @@ def _replica(replica: Replica, now: float, *, private: bool) -> dict[str, Any]:
         "node": replica.node if private else None,
         "reason": reason if private else None,
         "since_s": _rounded(now - replica.since),
-        "ends_in_s": None,
+        "notice": replica.notice if private else None,
+        "starts_in_s": _until(replica.starts_at, now),
+        "ends_in_s": _until(replica.ends_at, now),
     }
+
+
+def _until(moment: float | None, now: float) -> float | None:
+    return None if moment is None else _rounded(max(0.0, moment - now))
 
 
 def _rounded(seconds: float | None) -> float | None:

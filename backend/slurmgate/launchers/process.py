@@ -17,7 +17,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,8 +25,8 @@ from slurmgate import procfs
 from slurmgate.errors import StartRefused
 from slurmgate.launchers import local_port, logs, spawn
 from slurmgate.launchers.watcher import Watcher
-from slurmgate.model import Exit, LauncherKind, Running, ServiceSpec
-from slurmgate.ports import OnExit
+from slurmgate.model import End, Exit, LauncherKind, Phase, ServiceSpec, Sighting, Stranger
+from slurmgate.ports import Adoption, Observer
 from slurmgate.records import Record, Records
 from slurmgate.state import StateDir
 
@@ -46,7 +46,7 @@ class _Replica:
 
     service: str
     port: int
-    told: OnExit | None
+    told: Observer | None
     record: Record | None = None
     stopping: bool = False
 
@@ -63,13 +63,13 @@ class ProcessLauncher:
         self._owner = state.owner
         self._boot = procfs.boot_id()
         self._kill_after = kill_after
-        self._on_exit: OnExit | None = None
+        self._observer: Observer | None = None
         self._changed = threading.Condition()
         self._replicas: dict[str, _Replica] = {}
         self._closing = False
         self._watcher = Watcher(self._ended)
 
-    def launch(self, spec: ServiceSpec, replica: str) -> Running:
+    def launch(self, spec: ServiceSpec, replica: str) -> Sighting:
         """Start one replica; StartRefused, with nothing left behind, when that is impossible."""
         argv = spawn.command(spec)
         port = self._reserve(spec, replica)
@@ -93,9 +93,15 @@ class ProcessLauncher:
             if entry.record is not None:  # else it is being started, which stops it when done
                 self._begin_stop(entry.record)
 
-    def adopt(self, on_exit: OnExit) -> list[Running]:
-        """Take over what runs of the recorded replicas, and end whatever else is left of them."""
-        self._on_exit = on_exit
+    def reconnect(self, replica: str) -> None:
+        """Nothing lies between the gate and a process of this machine."""
+
+    def adopt(self, specs: Sequence[ServiceSpec], observer: Observer | None) -> Adoption:
+        """Take over what runs of the recorded replicas, and end whatever else is left of them.
+
+        Whatever is configured (``specs``) changes nothing; without ``observer`` nobody is told.
+        """
+        self._observer = observer
         adopted = []
         recorded = set()
         for record in self._records.read_all():
@@ -106,12 +112,24 @@ class ProcessLauncher:
             if running is not None:
                 adopted.append(running)
         self._end_unrecorded(recorded)
-        return adopted
+        return Adoption(tuple(adopted))
 
     def log_tail(self, replica: str, lines: int) -> list[str]:
         """Give the last lines a replica printed, also after its end, safe to show."""
         path = self._state.find_log(replica)
         return [] if path is None else logs.tail(path, lines)
+
+    def explain(self, replica: str) -> str | None:
+        """A process is reached or not: there is nothing to add."""
+        return None
+
+    def take_over(self, owner: str) -> int:
+        """Processes of another owner are never taken over."""
+        return 0
+
+    def strangers(self) -> tuple[Stranger, ...]:
+        """Processes of other owners are not looked for."""
+        return ()
 
     def close(self, *, stop_replicas: bool) -> None:
         """Stop watching; with ``stop_replicas`` every replica is ended before this returns."""
@@ -138,7 +156,7 @@ class ProcessLauncher:
                 raise StartRefused("the backend is stopping")
             held = {entry.port for entry in self._replicas.values()}
             port = local_port.choose(spec, held)
-            self._replicas[replica] = _Replica(spec.name, port, self._on_exit)
+            self._replicas[replica] = _Replica(spec.name, port, self._observer)
             return port
 
     def _await_fixed_port(self, spec: ServiceSpec) -> None:
@@ -156,7 +174,7 @@ class ProcessLauncher:
         patience = self._kill_after + _KILL_PATIENCE
         self._changed.wait_for(lambda: self._closing or not leaving(), patience)
 
-    def _start(self, spec: ServiceSpec, replica: str, port: int, argv: list[str]) -> Running:
+    def _start(self, spec: ServiceSpec, replica: str, port: int, argv: list[str]) -> Sighting:
         log = self._state.log_file(spec.name, replica)
         record = Record(
             replica=replica,
@@ -230,9 +248,9 @@ class ProcessLauncher:
             entry = self._replicas.pop(replica)
             self._changed.notify_all()
         if entry.told is not None:
-            entry.told(replica, end)
+            entry.told.ended(replica, End(f"the service {end.describe()}"))
 
-    def _adopt(self, record: Record) -> Running | None:
+    def _adopt(self, record: Record) -> Sighting | None:
         found = self._find(record)
         pidfd = None if found is None else procfs.open_process(found.pid, found.start)
         if found is None or pidfd is None:
@@ -243,7 +261,7 @@ class ProcessLauncher:
         if record.pid is None:
             record = dataclasses.replace(record, pid=found.pid, pid_start=found.start)
             self._complete(record)
-        told = None if record.stopping else self._on_exit  # nobody knows of one that was stopped
+        told = None if record.stopping else self._observer  # nobody knows of one that was stopped
         entry = _Replica(record.service, record.port, told, stopping=record.stopping)
         with self._changed:
             self._replicas[record.replica] = entry
@@ -285,7 +303,7 @@ class ProcessLauncher:
 def end_process_replicas(state: StateDir, *, kill_after: float = _KILL_AFTER) -> None:
     """End every process replica of a state directory whose backend is gone for good."""
     launcher = ProcessLauncher(state, kill_after=kill_after)
-    launcher.adopt(lambda replica, end: None)
+    launcher.adopt((), None)
     launcher.close(stop_replicas=True)
 
 
@@ -303,16 +321,18 @@ def _open(pid: int) -> tuple[int, int | None, int]:
         raise
 
 
-def _running(record: Record, pid: int, started_at: float) -> Running:
-    return Running(
+def _running(record: Record, pid: int, started_at: float) -> Sighting:
+    return Sighting(
         replica=record.replica,
         service=record.service,
         start_hash=record.start_hash,
+        phase=Phase.STARTING,
+        created_at=started_at,
         port=record.port,
         endpoint=f"127.0.0.1:{record.port}",
         job_id=str(pid),
         node="localhost",
-        started_at=started_at,
+        running_at=started_at,
     )
 
 
