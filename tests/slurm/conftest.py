@@ -1,0 +1,34 @@
+"""Clusters for the Slurm tests: one that all share, and new ones for tests that break things."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+
+pytest.register_assert_rewrite("tests.lab.lab", "tests.waiting")
+
+from tests.lab.lab import Lab  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def shared_lab(tmp_path_factory):
+    """The cluster of the whole run. Fixtures of a wider scope than one test use this one."""
+    with Lab(tmp_path_factory.mktemp("lab")) as lab:
+        yield lab
+
+
+@pytest.fixture
+def lab(shared_lab):
+    """The shared cluster, with no job in its queue afterwards. Leave its daemons alone."""
+    yield shared_lab
+    shared_lab.clear()
+
+
+@pytest.fixture
+def own_lab(tmp_path_factory):
+    """Make a cluster of the test's own: ``own_lab(slurmd_timeout=10)``, arguments as of Lab."""
+    with contextlib.ExitStack() as stack:
+        yield lambda **options: stack.enter_context(
+            Lab(tmp_path_factory.mktemp("own-lab"), **options)
+        )
