@@ -7,9 +7,18 @@ from dataclasses import replace
 import pytest
 
 from slurmgate import events, lifecycle, snapshot
-from slurmgate.lifecycle import Close, GiveUp, Launch, MarkReady, Reopen, Stop, decide
-from slurmgate.model import End, Health, Phase
-from slurmgate.observed import Demand, Drain, ReplicaReport, ServiceReport, with_replica
+from slurmgate.lifecycle import (
+    Close,
+    GiveUp,
+    Launch,
+    MarkReady,
+    Reconnect,
+    Reopen,
+    Stop,
+    decide,
+)
+from slurmgate.model import End, Fault, Health, LauncherKind, Phase
+from slurmgate.observed import Demand, Drain, Refusal, ReplicaReport, ServiceReport, with_replica
 from tests.unit.builders import NOW, replica, service, sighting, spec, starting
 
 WAITING = Demand(waiting=1)
@@ -321,3 +330,140 @@ def test_ages_are_no_reason_for_a_new_snapshot():
 )
 def test_the_state_in_one_word(found, state):
     assert snapshot.state(found, NOW) == state
+
+
+# replicas that are Slurm jobs
+
+PENDING = sighting("r1", phase=Phase.PENDING, endpoint=None, running_at=None)
+
+
+def submitted(**changes):
+    return replace(lifecycle.launching(service(**changes), "r1", NOW), demand=WAITING)
+
+
+def test_a_job_goes_through_the_queue_to_its_start():
+    waiting = events.launched(submitted(), replace(PENDING, reason="Resources"), NOW)
+    assert snapshot.state(waiting, NOW) == "waking"
+    assert snapshot.reason(waiting, NOW) == "queued: Resources"
+    runs = events.seen(waiting, replace(PENDING, phase=Phase.RUNNING, running_at=NOW + 9), NOW + 9)
+    assert runs.replicas[0].phase is Phase.RUNNING
+    reached = events.seen(runs, sighting("r1", running_at=NOW + 9), NOW + 10)
+    assert reached.replicas[0].phase is Phase.STARTING
+    assert snapshot.essence(reached, NOW)["replicas"][0]["endpoint"] == "127.0.0.1:20001"
+
+
+def test_an_answer_of_sbatch_that_comes_late_does_not_put_a_running_job_back_in_the_queue():
+    seen = events.seen(submitted(), sighting("r1"), NOW)
+    assert events.launched(seen, PENDING, NOW) == seen
+
+
+def test_time_in_the_queue_is_no_start_time():
+    waiting = events.launched(submitted(spec=spec(start_timeout=60.0)), PENDING, NOW)
+    assert decide(waiting, NOW, NOW + 86_400) == ()
+
+
+def test_a_queue_timeout_ends_the_wait_in_the_queue():
+    waiting = events.launched(submitted(spec=spec(queue_timeout=60.0)), PENDING, NOW)
+    assert decide(waiting, NOW, NOW + 59) == ()
+    (given_up,) = decide(waiting, NOW, NOW + 60)
+    assert isinstance(given_up, GiveUp)
+    assert "queue_timeout" in given_up.reason
+
+
+def test_a_queued_job_is_cancelled_once_every_client_has_hung_up():
+    waiting = events.launched(submitted(spec=spec(abandon_timeout=60.0)), PENDING, NOW)
+    left = events.reported(waiting, ServiceReport(requests=1), NOW)
+    assert decide(left, NOW, NOW + 59) == ()
+    assert decide(left, NOW, NOW + 60) == (Stop("r1", "every waiting client has hung up"),)
+
+
+def test_a_client_that_was_sent_away_with_a_retry_after_keeps_its_place_in_the_queue():
+    waiting = events.launched(submitted(), PENDING, NOW)
+    sent_away = events.reported(waiting, ServiceReport(wanted_s=0.0, lease_s=180.0), NOW)
+    assert decide(sent_away, NOW, NOW + 120) == ()
+
+
+def test_a_job_that_can_never_run_is_given_up_at_once_in_slurms_words():
+    waiting = events.launched(submitted(), PENDING, NOW)
+    hopeless = events.hopeless(waiting, "r1", Refusal("cannot-start", "BadConstraints"))
+    (given_up,) = decide(hopeless, NOW, NOW)
+    assert given_up == GiveUp("r1", "BadConstraints")
+    told = events.last_words(lifecycle.apply(hopeless, given_up, NOW), "r1", (), NOW)
+    refusal = snapshot.refusal(told, NOW)
+    assert refusal is not None
+    assert refusal["code"] == "cannot-start"
+    assert refusal["reason"] == "BadConstraints"
+
+
+def test_a_hint_of_the_launcher_is_told_with_the_reason():
+    given_up = lifecycle.apply(service(starting()), GiveUp("r1", "not healthy"), NOW)
+    told = events.last_words(given_up, "r1", (), NOW, "nothing listened on n1:8000")
+    assert told.failure is not None
+    assert told.failure.reason == "not healthy; nothing listened on n1:8000"
+
+
+def test_a_job_queued_again_has_a_place_of_its_own_when_it_runs_again():
+    used = service(replica(in_flight=1), demand=WAITING)
+    queued = events.seen(used, PENDING, NOW)
+    assert not queued.replicas[0].routable
+    assert decide(queued, NOW, NOW) == ()
+    back = events.seen(queued, sighting("r1", gen=2, endpoint="unix:/r1.2.sock"), NOW + 30)
+    late = events.replica_reported(back.replicas[0], ReplicaReport(1, 0, Health.UP), None, NOW + 30)
+    assert late.health is Health.UNKNOWN, "that was the place before"
+    heard = events.replica_reported(back.replicas[0], ReplicaReport(2, 0, Health.UP), None, NOW)
+    assert decide(with_replica(back, heard), NOW, NOW + 30) == (MarkReady("r1"),)
+
+
+def test_a_job_queued_again_that_nobody_waits_for_is_cancelled_after_a_while():
+    queued = events.seen(service(replica(ready_at=NOW - 500)), PENDING, NOW)
+    assert decide(queued, NOW, NOW + 59) == ()
+    assert decide(queued, NOW, NOW + 60) == (Stop("r1", "every waiting client has hung up"),)
+
+
+def test_a_job_queued_again_while_it_drains_is_cancelled():
+    draining = lifecycle.apply(service(replica()), Close("r1", Drain.IDLE), NOW)
+    queued = events.seen(draining, PENDING, NOW)
+    assert decide(queued, NOW, NOW) == (Stop("r1", "no longer wanted"),)
+
+
+def test_news_of_the_same_place_leaves_a_ready_replica_ready():
+    before = service(replica(gen=1))
+    after = events.seen(before, sighting("r1", ends_at=NOW + 600), NOW)
+    assert after.replicas[0] == replace(
+        before.replicas[0], ends_at=NOW + 600, running_at=NOW, job_id="1", node="n"
+    )
+
+
+def test_a_start_that_nobody_is_to_blame_for_is_made_again():
+    before = service(starting(), demand=WAITING)
+    cancelled = End("job 1 was cancelled", Fault.NOBODY)
+    after = events.ended(before, "r1", cancelled, (), NOW)
+    assert after.failure is None
+    assert snapshot.reason(after, NOW) == "job 1 was cancelled"
+    assert decide(after, NOW, NOW) == (Launch(),)
+
+
+def test_a_taken_port_is_tried_again_at_once_and_not_for_ever():
+    taken = End("port 20001 is taken", Fault.PORT)
+    trying, tries = service(demand=WAITING), 0
+    while trying.failure is None:
+        assert decide(trying, NOW, NOW) == (Launch(),)
+        assert snapshot.refusal(trying, NOW) is None
+        trying = events.ended(replace(trying, replicas=(starting(),)), "r1", taken, (), NOW)
+        tries += 1
+    assert tries == events.PORTS_TRIED + 1
+
+
+def test_the_way_to_a_silent_replica_is_made_anew_once_and_never_while_it_is_in_use():
+    silent = replica(health=Health.DOWN, down_since=NOW - 1)
+    on_slurm = spec(launcher=LauncherKind.SLURM)
+    before = service(replace(silent, start_hash=on_slurm.start_hash()), spec=on_slurm)
+    assert decide(before, NOW, NOW) == (Reconnect("r1"),)
+    assert decide(lifecycle.apply(before, Reconnect("r1"), NOW), NOW, NOW) == ()
+    in_use = with_replica(before, replace(before.replicas[0], in_flight=1))
+    assert decide(in_use, NOW, NOW) == ()
+
+
+def test_a_retry_after_counts_on_slurms_own_estimate():
+    waiting = events.launched(submitted(), replace(PENDING, starts_at=NOW + 600), NOW)
+    assert snapshot.estimate(waiting, NOW) >= 600

@@ -1,7 +1,8 @@
 """The pure core against a model: gate, launcher, lost and late messages, restarts, crashes.
 
 Hypothesis drives a Fleet together with a gate whose workers count, check and route in separate
-steps, and a launcher whose work takes as long as it likes. What must hold is checked all along.
+steps, and a launcher whose work takes as long as it likes: what it starts may wait in a queue, run,
+be reached, and be queued again. What must hold is checked all along.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class Worker:
 
     version: tuple[str, int]
     replica: str
+    gen: int
     counted: bool = False
 
 
@@ -70,6 +72,11 @@ class Gate:
 
     def shown(self) -> dict[str, dict]:
         return {r["id"]: r for service in self.services for r in service["replicas"]}
+
+    def pick(self) -> Worker:
+        assert self.version is not None
+        replica = self.routable()[0]
+        return Worker(self.version, replica, self.shown()[replica]["gen"])
 
     def store(self, answer: dict) -> None:
         version = (answer["version"]["epoch"], answer["version"]["n"])
@@ -166,6 +173,10 @@ class Life(RuleBasedStateMachine):
 
     def vanish(self, replica: str) -> None:
         del self.alive[replica]
+        self.fleet.ended(replica)
+        self.cut(replica)
+
+    def cut(self, replica: str) -> None:
         self.gate.in_flight.pop(replica, None)
         self.gate.workers = [w for w in self.gate.workers if w.replica != replica]
 
@@ -176,16 +187,15 @@ class Life(RuleBasedStateMachine):
         self.gate.requests += 1
         routable = self.gate.routable()
         if routable and self.gate.version is not None:
-            self.gate.workers.append(Worker(self.gate.version, routable[0]))
+            self.gate.workers.append(self.gate.pick())
         else:
             self.gate.waiting += 1
 
     @precondition(lambda self: self.gate.waiting and self.gate.routable())
     @rule()
     def waiter_is_released(self) -> None:
-        assert self.gate.version is not None
         self.gate.waiting -= 1
-        self.gate.workers.append(Worker(self.gate.version, self.gate.routable()[0]))
+        self.gate.workers.append(self.gate.pick())
 
     @precondition(lambda self: self.gate.waiting)
     @rule()
@@ -205,12 +215,17 @@ class Life(RuleBasedStateMachine):
     def worker_checks_and_sends(self) -> None:
         worker = next(w for w in self.gate.workers if w.counted)
         self.gate.workers.remove(worker)
-        if worker.version == self.gate.version:
+        if worker.version == self.gate.version and self.is_there(worker):
             if worker.replica in self.cancelled:
                 assert self.may_cut(worker.replica), "a request reached a cancelled replica"
             return
         self.gate.in_flight[worker.replica] -= 1
         self.gate.waiting += 1
+
+    def is_there(self, worker: Worker) -> bool:
+        """Is somebody at the place it dials? Else it comes back unsent."""
+        known = self.alive.get(worker.replica)
+        return known is None or (known.endpoint is not None and known.gen == worker.gen)
 
     @precondition(lambda self: any(self.gate.in_flight.values()))
     @rule()
@@ -276,21 +291,15 @@ class Life(RuleBasedStateMachine):
     # -- rules: the launcher ---------------------------------------------------------------
 
     @precondition(lambda self: self.todo)
-    @rule(data=st.data(), succeeds=st.booleans())
-    def work_is_done(self, data: st.DataObject, succeeds: bool) -> None:
+    @rule(data=st.data(), succeeds=st.booleans(), queued=st.booleans())
+    def work_is_done(self, data: st.DataObject, succeeds: bool, queued: bool) -> None:
         effect = self.todo.pop(data.draw(st.integers(0, len(self.todo) - 1)))
         replica = effect.replica
         match effect:
             case LaunchReplica() if succeeds:
-                running = Sighting(
-                    replica,
-                    NAME,
-                    effect.spec.start_hash(),
-                    Phase.STARTING,
-                    self.now,
-                    endpoint="127.0.0.1:1",
-                    running_at=self.now,
-                )
+                running = Sighting(replica, NAME, effect.spec.start_hash(), Phase.PENDING, self.now)
+                if not queued:
+                    running = self.reached(running)
                 self.alive[replica] = running
                 self.event(lambda s: events.launched(s, running, self.now))
             case LaunchReplica():
@@ -308,10 +317,45 @@ class Life(RuleBasedStateMachine):
         if replica in self.alive:
             self.end(replica, DIED)
 
+    def reached(self, sighting: Sighting) -> Sighting:
+        return replace(
+            sighting,
+            phase=Phase.STARTING,
+            endpoint=f"127.0.0.1:{sighting.gen}",
+            running_at=self.now,
+        )
+
+    def tell(self, sighting: Sighting) -> None:
+        self.alive[sighting.replica] = sighting
+        self.fleet.seen(LauncherKind.PROCESS, sighting, Path("/x"), self.now)
+        self.settle()
+
+    @precondition(lambda self: self.alive)
+    @rule(data=st.data())
+    def job_goes_on(self, data: st.DataObject) -> None:
+        known = self.alive[data.draw(st.sampled_from(sorted(self.alive)))]
+        if known.phase is Phase.PENDING:
+            self.tell(replace(known, phase=Phase.RUNNING, running_at=self.now))
+        elif known.phase is Phase.RUNNING:
+            self.tell(self.reached(known))
+        else:
+            self.tell(known)
+
+    @precondition(lambda self: any(s.endpoint for s in self.alive.values()))
+    @rule(data=st.data())
+    def job_is_queued_again(self, data: st.DataObject) -> None:
+        reached = sorted(r for r, sighting in self.alive.items() if sighting.endpoint)
+        replica = data.draw(st.sampled_from(reached))
+        known = self.alive[replica]
+        self.healthy.discard(replica)
+        self.cut(replica)
+        fresh = replace(known, phase=Phase.PENDING, endpoint=None, gen=known.gen + 1)
+        self.tell(replace(fresh, running_at=None))
+
     @precondition(lambda self: set(self.alive) - self.healthy)
     @rule()
     def replica_becomes_healthy(self) -> None:
-        self.healthy |= set(self.alive)
+        self.healthy |= {r for r, sighting in self.alive.items() if sighting.endpoint}
 
     # -- rules: operators ------------------------------------------------------------------
 
@@ -361,6 +405,9 @@ class Life(RuleBasedStateMachine):
         raise AssertionError(f"not gone: {self.service()}")
 
     def deliver_everything(self) -> None:
+        for known in list(self.alive.values()):
+            if known.endpoint is None:
+                self.tell(self.reached(known))
         self.healthy |= set(self.alive)
         while self.todo:
             effect = self.todo.pop(0)
