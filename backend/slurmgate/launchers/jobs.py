@@ -1,0 +1,496 @@
+"""What becomes of one replica's Slurm job: a value and an event in, a new value and effects out.
+
+Pure; time is an argument. ``site`` owns the values, feeds in what Slurm and SSH said, saves what
+must survive before it does what the effects say.
+
+Three rules stand behind all of it. A job exists from the moment its submission was sent until Slurm
+itself says that it does not. What nobody knows changes nothing. Of two live jobs of one name the
+older one stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from slurmgate.model import End, Fault
+
+MAX_SUBMISSIONS = 3
+RESUBMIT_PAUSES = (0.0, 2.0, 10.0, 30.0)
+GONE_APART = 5.0  # two good listings this far apart that lack a job: it is gone
+UNSENT_APART = 2.0  # the same of one that perhaps was never submitted
+CANCEL_AGAIN = 2.0
+SAME_START = 1.0  # a start time that moved by more than this is another start
+
+
+class Standing(StrEnum):
+    """What a state word of Slurm means for a replica."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUSPENDED = "suspended"
+    COMPLETING = "completing"
+    ENDED = "ended"
+    UNKNOWN = "unknown"
+
+
+LIVE = frozenset({Standing.QUEUED, Standing.RUNNING, Standing.SUSPENDED})
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One job in a listing. ``began`` is when it started to run, on Slurm's own clock; ``ends_at``
+    and ``starts_at`` are on ours. ``permanent``: its pending reason will not pass by itself.
+    ``end``: what its state alone says of how it ended.
+    """
+
+    job_id: str
+    standing: Standing
+    end: End | None = None
+    node: str | None = None
+    reason: str | None = None
+    permanent: bool = False
+    began: float | None = None
+    starts_at: float | None = None
+    ends_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What ``scontrol show job`` said: a standing, or ``gone``, or neither (no clear answer).
+
+    ``end`` is there when it has ended and everything about that could be found out. ``began``
+    is when the question was asked.
+    """
+
+    job_id: str
+    began: float
+    standing: Standing = Standing.UNKNOWN
+    gone: bool = False
+    end: End | None = None
+
+
+class Stage(StrEnum):
+    """How much is known of the job of a replica."""
+
+    SENDING = "sending"
+    UNSURE = "unsure"
+    QUEUED = "queued"
+    RUNNING = "running"
+    ENDED = "ended"
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """The job of one replica.
+
+    ``known_since``: a good listing that began later must show it. ``overdue_at``: no submission
+    can still be on its way after it. ``final``: how it ended by what a listing shows.
+    ``gen`` counts its starts on a node, 0 before the first; ``started`` is when Slurm says that
+    one was. ``waiting_since`` is when it came into the queue.
+    """
+
+    replica: str
+    stage: Stage
+    waiting_since: float
+    job_id: str | None = None
+    known_since: float = float("inf")
+    overdue_at: float = float("-inf")
+    submissions: int = 1
+    resubmit_at: float = float("-inf")
+    refused: bool = False
+    renewable: bool = True
+    stopping: bool = False
+    cancelled_at: float = float("-inf")
+    absent_since: float | None = None
+    inquiring: bool = False
+    final: End | None = None
+    completing_since: float | None = None
+    gen: int = 0
+    node: str | None = None
+    started: float | None = None
+    running_at: float | None = None
+    endpoint: str | None = None
+    hopeless: bool = False
+    reason: str | None = None
+    notice: str | None = None
+    starts_at: float | None = None
+    ends_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """Send the submission again, under the same name and port."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Cancel this job of the replica's name."""
+
+    job_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Inquire:
+    """Ask what is known of this job, and if it has ended how, with its last lines."""
+
+    job_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Connect:
+    """Find the node's address and open a tunnel to it."""
+
+    gen: int
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnect:
+    """Close the tunnel."""
+
+    gen: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """It is gone for good: forget it and say so, once."""
+
+    end: End
+
+
+@dataclass(frozen=True, slots=True)
+class GiveUp:
+    """It will never serve, though it lives: say so."""
+
+    reason: str
+
+
+Effect = Submit | Cancel | Inquire | Connect | Disconnect | Finish | GiveUp
+Step = tuple[Job, tuple[Effect, ...]]
+
+
+def age_of(job_id: str) -> tuple[int, str]:
+    """Order job ids by age: Slurm counts upward."""
+    number = job_id.split("_")[0].split("+")[0]
+    return (int(number) if number.isdecimal() else 0, job_id)
+
+
+# -- the submission --------------------------------------------------------------------------
+
+
+def accepted(job: Job, job_id: str, now: float) -> Step:
+    """``sbatch`` gave an id."""
+    if job.stage is Stage.ENDED:
+        return job, (Cancel(job_id),)
+    if job.job_id is not None and job.job_id != job_id:  # a listing showed an earlier submission
+        kept, other = sorted((job.job_id, job_id), key=age_of)
+        if kept == job.job_id:
+            return job, (Cancel(other),)
+        moved, effects = _confirmed(replace(job, job_id=None), kept, now)
+        return moved, (Cancel(other), *effects)
+    if job.job_id == job_id:
+        return replace(job, known_since=min(job.known_since, now)), ()
+    return _confirmed(job, job_id, now)
+
+
+def unanswered(job: Job, overdue_at: float, reason: str, *, refused: bool = False) -> Job:
+    """Nobody knows whether the submission reached Slurm; ``refused``: ``sbatch`` itself failed."""
+    if job.stage is not Stage.SENDING:
+        return job
+    return replace(
+        job,
+        stage=Stage.UNSURE,
+        overdue_at=overdue_at,
+        resubmit_at=overdue_at + RESUBMIT_PAUSES[min(job.submissions, MAX_SUBMISSIONS)],
+        refused=refused,
+        absent_since=None,
+        reason=reason,
+    )
+
+
+def unsent(job: Job, now: float, reason: str) -> Job:
+    """The submission was not sent at all, so it does not count."""
+    if job.stage is not Stage.SENDING:
+        return job
+    return replace(unanswered(job, now, reason), submissions=job.submissions - 1, resubmit_at=now)
+
+
+def refused(job: Job, words: str) -> Step:
+    """Slurm refused to take it again, in words it is known by."""
+    if job.stage is not Stage.SENDING:
+        return job, ()
+    fault = Fault.NOBODY if job.stopping else Fault.SERVICE
+    return _finished(job, End(words, fault, "cannot-start"))
+
+
+def _confirmed(job: Job, job_id: str, now: float) -> Step:
+    job = replace(
+        job,
+        stage=Stage.QUEUED,
+        job_id=job_id,
+        known_since=now,
+        absent_since=None,
+        reason=None,
+    )
+    return _cancelled(job, now) if job.stopping else (job, ())
+
+
+# -- the wish to end it ----------------------------------------------------------------------
+
+
+def stopped(job: Job, now: float) -> Step:
+    """Nobody wants it any more. One whose submission is in doubt is waited for."""
+    if job.stage is Stage.ENDED:
+        return job, ()
+    effects: tuple[Effect, ...] = () if job.gen == 0 else (Disconnect(job.gen),)
+    job = replace(job, stopping=True, endpoint=None)
+    if job.job_id is None:
+        return job, effects
+    job, cancel = _cancelled(job, now)
+    return job, (*effects, *cancel)
+
+
+def _cancelled(job: Job, now: float) -> Step:
+    if job.job_id is None or now - job.cancelled_at < CANCEL_AGAIN:
+        return job, ()
+    return replace(job, cancelled_at=now), (Cancel(job.job_id),)
+
+
+# -- what Slurm shows ------------------------------------------------------------------------
+
+
+def listed(job: Job, rows: Iterable[Row], began: float, now: float) -> Step:
+    """A good listing that was begun at ``began`` showed these jobs of its name."""
+    if job.stage is Stage.ENDED:
+        return job, ()
+    found = sorted(rows, key=lambda row: age_of(row.job_id))
+    live = [row for row in found if row.standing in LIVE]
+    mine = next((row for row in found if row.job_id == job.job_id), None)
+    if live and (mine is None or mine in live):
+        mine = live[0]
+    elif mine is None and job.job_id is None:
+        mine = next(iter(found), None)
+    surplus = tuple(Cancel(row.job_id) for row in live if row is not mine)
+    if mine is None:
+        job, effects = _missing(job, began, now)
+        return job, (*surplus, *effects)
+    job, effects = _taken(job, mine, began)
+    job, more = _shown(job, mine, now)
+    return job, (*surplus, *effects, *more)
+
+
+def _taken(job: Job, row: Row, began: float) -> Step:
+    """From now on its job is the one in this row; mostly it has been so before."""
+    if job.job_id == row.job_id:
+        since = min(job.known_since, began)
+        return replace(job, known_since=since, absent_since=None), ()
+    effects: tuple[Effect, ...] = () if job.gen == 0 else (Disconnect(job.gen),)
+    return replace(
+        job,
+        stage=Stage.QUEUED,
+        job_id=row.job_id,
+        known_since=began,
+        absent_since=None,
+        endpoint=None,
+        started=None,
+        running_at=None,
+        cancelled_at=float("-inf"),
+        final=None,
+        completing_since=None,
+        reason=None,
+    ), effects
+
+
+def _shown(job: Job, row: Row, now: float) -> Step:
+    if row.standing is Standing.UNKNOWN:
+        return job, ()
+    if row.standing is Standing.COMPLETING:
+        since = now if job.completing_since is None else job.completing_since
+        return replace(job, completing_since=since), ()
+    if row.standing is Standing.ENDED:
+        return _over(replace(job, final=row.end or _vanished(job)), row)
+    job = replace(job, completing_since=None, final=None)
+    if row.standing is Standing.QUEUED:
+        job, effects = _queued(job, row, now)
+    else:
+        job, effects = _running(job, row, now)
+    if job.stopping:
+        job, cancel = _cancelled(job, now)
+        kept = tuple(e for e in effects if isinstance(e, Disconnect))
+        return job, (*kept, *cancel)
+    return job, effects
+
+
+def _queued(job: Job, row: Row, now: float) -> Step:
+    effects: tuple[Effect, ...] = ()
+    if job.stage is Stage.RUNNING:  # Slurm put it back into the queue
+        effects = (Disconnect(job.gen),)
+        job = replace(job, waiting_since=now)
+    job = replace(
+        job,
+        stage=Stage.QUEUED,
+        reason=row.reason,
+        starts_at=row.starts_at,
+        node=None,
+        endpoint=None,
+        started=None,
+        running_at=None,
+        ends_at=None,
+    )
+    if row.permanent and not job.hopeless:
+        job = replace(job, hopeless=True)
+        effects = (*effects, GiveUp(row.reason or "Slurm will never start it"))
+    return job, effects
+
+
+def _running(job: Job, row: Row, now: float) -> Step:
+    job = replace(job, ends_at=row.ends_at, starts_at=None)
+    if row.node is None:  # Slurm has not said where yet
+        return job, ()
+    suspended = "suspended by Slurm" if row.standing is Standing.SUSPENDED else None
+    if job.stage is Stage.RUNNING and not _restarted(job, row):
+        if suspended or job.reason == "suspended by Slurm":
+            job = replace(job, reason=suspended)
+        if job.started is None:
+            job = replace(job, started=row.began)
+        return job, ()
+    effects: tuple[Effect, ...] = (Disconnect(job.gen),) if job.stage is Stage.RUNNING else ()
+    job = replace(
+        job,
+        stage=Stage.RUNNING,
+        gen=job.gen + 1,
+        node=row.node,
+        started=row.began,
+        running_at=now,
+        endpoint=None,
+        reason=suspended,
+        notice=None,
+    )
+    return job, (*effects, Connect(job.gen, row.node))
+
+
+def _restarted(job: Job, row: Row) -> bool:
+    """Was it put back into the queue and started again between two listings?"""
+    if job.node != row.node:
+        return True
+    if job.started is None or row.began is None:
+        return False
+    return abs(job.started - row.began) > SAME_START
+
+
+def _missing(job: Job, began: float, now: float) -> Step:
+    if job.job_id is None:
+        return _not_there(job, began, now)
+    if began <= job.known_since:
+        return job, ()
+    if job.absent_since is not None and began - job.absent_since >= GONE_APART:
+        return _finished(job, _vanished(job))
+    job = replace(job, absent_since=began if job.absent_since is None else job.absent_since)
+    if job.inquiring:
+        return job, ()
+    return replace(job, inquiring=True), (Inquire(job.job_id or ""),)
+
+
+def _not_there(job: Job, began: float, now: float) -> Step:
+    """A listing lacks the job of a submission in doubt."""
+    if job.stage is Stage.SENDING or began <= job.overdue_at:
+        return job, ()
+    if job.absent_since is None and job.submissions > 0:
+        return replace(job, absent_since=began), ()
+    if job.absent_since is not None and began - job.absent_since < UNSENT_APART:
+        return job, ()
+    if job.stopping:
+        return _finished(job, End("its submission never reached Slurm", Fault.NOBODY))
+    why = job.reason or "no answer"
+    if job.submissions >= MAX_SUBMISSIONS or not job.renewable:
+        fault = Fault.SERVICE if job.refused else Fault.NOBODY
+        return _finished(job, End(f"sbatch failed ({why})", fault, "cannot-start"))
+    if now < job.resubmit_at:
+        return job, ()
+    return replace(job, stage=Stage.SENDING, submissions=job.submissions + 1), (Submit(),)
+
+
+# -- its end ---------------------------------------------------------------------------------
+
+
+def _over(job: Job, row: Row) -> Step:
+    """A listing shows it as ended: find out how, unless we wanted that anyway."""
+    if job.stopping:
+        return _finished(job, End(f"job {row.job_id} was cancelled", Fault.NOBODY))
+    if job.inquiring:
+        return job, ()
+    return replace(job, inquiring=True), (Inquire(row.job_id),)
+
+
+def answered(job: Job, answer: Answer) -> Step:
+    """What was found out about a job that a listing showed as ended, or no longer showed."""
+    if job.stage is Stage.ENDED:
+        return job, ()
+    job = replace(job, inquiring=False)
+    if answer.job_id != job.job_id:  # it has moved to another job meanwhile
+        return job, ()
+    if answer.gone or (answer.standing is Standing.ENDED and answer.end is not None):
+        return _finished(job, answer.end or _vanished(job))
+    if answer.standing in LIVE or answer.standing is Standing.COMPLETING:
+        since = max(job.known_since, answer.began)
+        return replace(job, known_since=since, absent_since=None, final=None), ()
+    if job.final is not None:  # the listing was clear enough
+        return _finished(job, _vanished(job))
+    return job, ()
+
+
+def _vanished(job: Job) -> End:
+    if job.stopping:
+        return End(f"job {job.job_id} was cancelled", Fault.NOBODY)
+    return job.final or End(f"job {job.job_id} is gone from Slurm's list", Fault.NOBODY)
+
+
+def _finished(job: Job, end: End) -> Step:
+    if job.stopping:
+        end = replace(end, fault=Fault.NOBODY)
+    effects: tuple[Effect, ...] = () if job.gen == 0 else (Disconnect(job.gen),)
+    return replace(job, stage=Stage.ENDED, endpoint=None), (*effects, Finish(end))
+
+
+# -- the tunnel ------------------------------------------------------------------------------
+
+
+def connected(job: Job, gen: int, endpoint: str) -> Job:
+    """The gate can reach it there."""
+    if job.gen != gen or job.stage is not Stage.RUNNING or job.stopping:
+        return job
+    return replace(job, endpoint=endpoint, reason=None)
+
+
+def troubled(job: Job, gen: int, reason: str) -> Job:
+    """The way to it is broken for now; the endpoint stays, the tunnel opens again behind it."""
+    if job.gen != gen or job.stage is not Stage.RUNNING or job.stopping:
+        return job
+    return replace(job, reason=reason)
+
+
+# -- how often to look -----------------------------------------------------------------------
+
+REST = 15.0
+
+
+def pace(job: Job, now: float) -> float:
+    """Give how many seconds should lie between listings for the sake of this job."""
+    age = now - job.waiting_since
+    if job.stopping:
+        return _waiting(now - job.cancelled_at) if job.job_id is not None else _waiting(age)
+    if job.absent_since is not None:
+        return UNSENT_APART if job.job_id is None else GONE_APART
+    if job.completing_since is not None:
+        return _waiting(now - job.completing_since)
+    if job.stage is Stage.RUNNING:
+        return REST if age >= 5.0 else 1.0
+    return _waiting(age)
+
+
+def _waiting(age: float) -> float:
+    if age < 5.0:
+        return 1.0
+    return 2.0 if age < 30.0 else min(30.0, max(2.0, age / 20.0))
