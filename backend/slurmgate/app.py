@@ -35,7 +35,7 @@ from slurmgate.state import StateDir
 log = logging.getLogger(__name__)
 
 CONTROL_THREADS = 4
-API_THREADS = 4
+API_THREADS = 8
 GATE_PATIENCE = 2.0
 LOOK_EVERY = 2.0
 LAST_GOOD = "config.last-good.json"

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from slurmgate import __version__, commands
+from slurmgate import __version__, commands, log_command
 from slurmgate.errors import SlurmgateError
 from slurmgate.state import default_path
 
@@ -156,7 +156,7 @@ def _add_queries(subparsers: Any) -> None:
     logs = _command(
         subparsers,
         "logs",
-        commands.run_logs,
+        log_command.run_logs,
         "show what a service's newest replica printed",
         "logs LLM -n 50",
     )

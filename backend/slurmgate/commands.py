@@ -7,22 +7,18 @@ command needs are imported there, so that the others start quickly.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import signal
 import sys
-import time
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from urllib.parse import quote
 
 from slurmgate import client, procfs
-from slurmgate.errors import BackendAway, SlurmgateError, StateError
+from slurmgate.errors import BackendAway
 from slurmgate.model import GateSpec
-from slurmgate.state import StateDir, network_filesystem, safe_name
+from slurmgate.state import StateDir, network_filesystem
 
-LOOK_EVERY = 0.2
 GATE_PROGRAMS = ("nginx", "openresty")
 
 
@@ -150,6 +146,11 @@ def status_table(info: dict[str, Any]) -> str:
     for service in info["services"]:
         if service["reason"]:
             lines.append(f"{service['name']}: {service['reason']}")
+    for job in info["strangers"]:
+        lines.append(
+            f"job {job['job_id']} on {job['host']} ({job['service']}, {job['state']}) belongs to"
+            f" another state directory: slurmgate adopt {job['owner']} takes it over"
+        )
     if not info["management_enabled"]:
         lines.append("management is disabled: nothing is started (slurmgate enable)")
     if info["config"]["error"]:
@@ -172,7 +173,8 @@ def run_service(args: argparse.Namespace) -> int:
 
 def run_adopt(args: argparse.Namespace) -> int:
     """``adopt``."""
-    _admin(args, f"/admin/adopt/{quote(args.owner, safe='')}")
+    found = _admin(args, f"/admin/adopt/{quote(args.owner, safe='')}")
+    say(f"{found['adopted']} jobs taken over from {args.owner}; slurmgate status shows them")
     return 0
 
 
@@ -204,64 +206,3 @@ def run_reopen(args: argparse.Namespace) -> int:
         raise BackendAway(f"no gate runs here ({path}: {error})") from error
     say("logs reopened")
     return 0
-
-
-def run_logs(args: argparse.Namespace) -> int:
-    """``logs``: with ``-f`` also those of replicas that are started later."""
-    state = StateDir.find(args.state_dir)
-    name, known = _service_of(state, args.name)
-    folder = state.logs / safe_name(name)
-    seen = _logs(folder)
-    if not seen:
-        if known:
-            raise StateError(f"{name} has no logs yet: it was never started")
-        raise StateError(
-            f"no service {args.name}, or it has no logs yet; slurmgate status lists the services"
-        )
-    newest = seen[-1]
-    with newest.open("rb") as file:
-        lines = file.read().splitlines(keepends=True)
-        _show(b"".join(lines[-args.n :] if args.n > 0 else []))
-        if args.f:
-            _follow(file, folder, set(seen))
-    return 0
-
-
-def _service_of(state: StateDir, name: str) -> tuple[str, bool]:
-    """Give the name of a service named by name or route, and whether the backend knows it."""
-    try:
-        return str(client.call(state, "GET", f"/info/{quote(name, safe='')}")["name"]), True
-    except SlurmgateError:  # nothing runs, or the service is no longer configured
-        return name, False
-
-
-def _logs(folder: Path) -> list[Path]:
-    """List the logs of a service, the one last written to last."""
-
-    def written(path: Path) -> float:
-        try:
-            return path.stat().st_mtime
-        except FileNotFoundError:  # a start of the service removed it
-            return 0.0
-
-    return sorted(folder.glob("*.log"), key=written)
-
-
-def _follow(file: BinaryIO, folder: Path, seen: set[Path]) -> None:
-    """Show what is added, then the logs of newer replicas; until Ctrl-C."""
-    with contextlib.ExitStack() as stack:
-        while True:
-            fresh = [path for path in _logs(folder) if path not in seen]
-            _show(file.read())  # after the look for newer ones: this one may just have ended
-            for path in fresh:
-                seen.add(path)
-                sys.stderr.write(f"slurmgate: replica {path.stem}\n")
-                stack.close()
-                file = stack.enter_context(path.open("rb"))
-                _show(file.read())
-            time.sleep(LOOK_EVERY)
-
-
-def _show(output: bytes) -> None:
-    sys.stdout.buffer.write(output)
-    sys.stdout.buffer.flush()

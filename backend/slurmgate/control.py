@@ -126,6 +126,19 @@ class Control:
         """Switch management of all services on or off; with ``kill`` end every replica too."""
         self._ask(lambda: self._fleet.manage(self._clock(), enabled=enabled, kill=kill))
 
+    def last_lines(self, name: str, lines: int) -> tuple[str | None, list[str]]:
+        """Give the newest replica of a service, by name or route, and what it printed last.
+
+        Without a replica: the last lines of the last that ended by itself. May ask a host.
+        """
+        service = self.view.find(name)
+        if service.replicas:
+            newest = max(service.replicas, key=lambda replica: replica.created_at)
+            return newest.id, self._launchers[service.spec.launcher].log_tail(newest.id, lines)
+        failure = service.failure
+        kept = service.last_output if failure is None else failure.log
+        return None, list(kept[-lines:] if lines > 0 else ())
+
     def strangers(self) -> tuple[Stranger, ...]:
         """Jobs of this instance that have another owner."""
         return tuple(s for launcher in self._launchers.values() for s in launcher.strangers())

@@ -12,6 +12,8 @@ from slurmgate.control import Control
 from slurmgate.errors import Unauthorized
 from slurmgate.reload import Reloader
 
+MOST_LINES = 10_000
+
 
 def blueprint(
     control: Control,
@@ -52,6 +54,14 @@ def blueprint(
     def stop(name: str) -> Response:
         control.stop_service(name)
         return done(service=name)
+
+    @routes.get("/admin/logs/<path:name>")
+    def logs(name: str) -> Response:
+        lines = min(request.args.get("lines", 100, type=int), MOST_LINES)
+        replica, tail = control.last_lines(name, lines)
+        return Response(
+            json.dumps({"replica": replica, "lines": tail}) + "\n", mimetype="application/json"
+        )
 
     def manage(*, enabled: bool, kill: bool = False) -> Response:
         control.manage(enabled=enabled, kill=kill)

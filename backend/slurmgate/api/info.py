@@ -86,6 +86,7 @@ def service_info(service: Service, view: View, now: float, *, private: bool) -> 
         "name": spec.name,
         "route_name": spec.route_name,
         "description": spec.description,
+        "launcher": spec.launcher.value,
         "models": list(spec.models),
         "state": state,
         "started": bool(service.replicas),
