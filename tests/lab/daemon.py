@@ -13,14 +13,11 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from tests.lab.files import LabError
 from tests.lab.warden import descendants
 from tests.waiting import until
 
 WARDEN = Path(__file__).with_name("warden.py")
-
-
-class LabError(Exception):
-    """The lab could not be started; the text has the daemon's last log lines."""
 
 
 class Warden:
@@ -39,6 +36,10 @@ class Warden:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    def below(self) -> list[int]:
+        """Pids of everything that it started, and of what that started."""
+        return descendants(self.pid)
 
     def start(self, argv: Sequence[str], env: Mapping[str, str], log: Path) -> int:
         """The pid of a new daemon; LabError when it cannot be executed."""

@@ -6,45 +6,37 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.lab.place import Place
+
 CPUS_PER_NODE = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
-    """What differs between labs; times in seconds."""
+class Timing:
+    """Slurm's own times, in seconds."""
 
-    cluster: str
-    user: str
-    folder: Path
-    login: str  # address
-    nodes: Mapping[str, str]  # name: address
-    control_port: int
-    node_ports: Mapping[str, int]
-    login_name: str = "localhost"
-    node_names: Mapping[str, str] | None = None  # host names, where nodes are other machines
     min_job_age: int = 60
     slurmd_timeout: int = 300
     requeue_delay: int = 8  # a requeued job waits so long; job credentials expire as soon
 
 
-def slurm_conf(lab: Settings) -> str:
-    """One machine plays all nodes, so each has an address and a port of its own."""
-    folder = lab.folder
-    names = lab.node_names or {}
+def slurm_conf(place: Place, user: str, timing: Timing) -> str:
+    """One machine may play all nodes, so each has a port of its own, and a name that says so."""
+    folder = place.folder
     nodes = "\n".join(
-        f"NodeName={name} NodeHostname={names.get(name, 'localhost')} NodeAddr={address}"
-        f" Port={lab.node_ports[name]} CPUs={CPUS_PER_NODE} RealMemory=4000 State=UNKNOWN"
-        for name, address in lab.nodes.items()
+        f"NodeName={name} NodeHostname=localhost NodeAddr={address}"
+        f" Port={place.node_ports[name]} CPUs={CPUS_PER_NODE} RealMemory=4000 State=UNKNOWN"
+        for name, address in place.nodes.items()
     )
-    everywhere = f"Nodes={','.join(lab.nodes)} State=UP DefaultTime=UNLIMITED"
+    everywhere = f"Nodes={','.join(place.nodes)} State=UP DefaultTime=UNLIMITED"
     return f"""\
-ClusterName={lab.cluster}
-SlurmctldHost={lab.login_name}({lab.login})
-SlurmctldPort={lab.control_port}
-SlurmUser={lab.user}
-SlurmdUser={lab.user}
+ClusterName={place.cluster}
+SlurmctldHost=localhost({place.login})
+SlurmctldPort={place.control_port}
+SlurmUser={user}
+SlurmdUser={user}
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge/socket,cred_expire={lab.requeue_delay}
+AuthInfo=socket={folder}/munge/socket,cred_expire={timing.requeue_delay}
 StateSaveLocation={folder}/slurmctld
 SlurmctldPidFile={folder}/slurmctld/pid
 SlurmctldLogFile={folder}/log/slurmctld.log
@@ -70,8 +62,8 @@ PriorityType=priority/basic
 EnforcePartLimits=NO
 OverTimeLimit=0
 KillWait=2
-MinJobAge={lab.min_job_age}
-SlurmdTimeout={lab.slurmd_timeout}
+MinJobAge={timing.min_job_age}
+SlurmdTimeout={timing.slurmd_timeout}
 ReturnToService=2
 {nodes}
 PartitionName=main Default=YES PriorityTier=1 PreemptMode=OFF {everywhere}
