@@ -1,0 +1,630 @@
+"""What is said to Slurm and how its answers are read; the shell text runs, sbatch is a fake."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slurmgate.launchers import sbatch_args, slurm_format, slurm_states, slurm_submit
+from slurmgate.launchers.slurm_format import Detail, JobName, NodePlace, parse_listing
+from slurmgate.launchers.slurm_states import Kind
+from slurmgate.launchers.slurm_submit import NotInstalled, Refusal, Submitted
+from slurmgate.model import Exit, Fault, ServiceSpec
+
+NAME = "sg.vm-x7k2.0a1b2c3d4e.k3f9.20017.deadbeef.llm"
+FAKE_SBATCH = """#!{python} -I
+import json, os, sys
+seen = {{"argv": sys.argv[1:], "env": dict(os.environ), "cwd": os.getcwd()}}
+json.dump(seen, open({seen!r}, "w"))
+print("4711")
+"""
+
+
+class LoginHost:
+    """A home directory and a search path whose sbatch writes down how it was called."""
+
+    def __init__(self, folder: Path) -> None:
+        self.home = folder / 'it\'s a "home"'
+        self.home.mkdir()
+        self.seen = folder / "seen.json"
+        self.bin = folder / "bin"
+        self.bin.mkdir()
+        self.install("sbatch", FAKE_SBATCH.format(python=sys.executable, seen=str(self.seen)))
+        self.script("serve.sh", "#!/bin/sh\n#SBATCH --partition=main\nsleep 1\n")
+        self.env = {"HOME": str(self.home), "PATH": f"{self.bin}:/usr/bin:/bin"}
+
+    def install(self, name: str, text: str) -> None:
+        path = self.bin / name
+        path.write_text(text)
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+    def script(self, name: str, text: str) -> Path:
+        path = self.home / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return path
+
+    def run(self, text: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["/bin/sh", "-s"],
+            input=text,
+            env=self.env,
+            cwd="/",
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    def submit(self, spec: ServiceSpec) -> tuple[list[str], dict[str, str]]:
+        """Arguments and environment that sbatch got."""
+        done = self.run(slurm_submit.submit_script(spec, NAME, "k3f9", 20017))
+        assert done.returncode == 0, done.stderr
+        assert slurm_submit.job_id(done.stdout) == Submitted("4711")
+        seen = json.loads(self.seen.read_text())
+        assert os.path.realpath(seen["cwd"]) == os.path.realpath(self.home)
+        return seen["argv"], seen["env"]
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> LoginHost:
+    return LoginHost(tmp_path)
+
+
+def service(
+    bash_file: str = "serve.sh",
+    sbatch_args: tuple[str, ...] = (),
+    env: tuple[tuple[str, str], ...] = (),
+) -> ServiceSpec:
+    return ServiceSpec(
+        name="LLM service",
+        route_name="llm",
+        api_paths=("/",),
+        bash_file=bash_file,
+        check_health_path="/health",
+        timeout=60.0,
+        folder=Path("/"),
+        sbatch_args=sbatch_args,
+        env=env,
+    )
+
+
+def own_output(host: LoginHost) -> str:
+    return f"--output={host.home}/.slurmgate/logs/slurmgate-%j.log"
+
+
+def test_a_submission_names_the_job_and_passes_the_port(host: LoginHost) -> None:
+    argv, env = host.submit(service(sbatch_args=("--gres=gpu:1", "-p", "a b")))
+    assert argv == [
+        *("--gres=gpu:1", "-p", "a b", "--parsable", f"--job-name={NAME}", "--export=ALL"),
+        *(own_output(host), str(host.home / "serve.sh"), "20017"),
+    ]
+    assert env["SLURMGATE_PORT"] == "20017"
+    assert env["SLURMGATE_SERVICE"] == "LLM service"
+    assert env["SLURMGATE_REPLICA"] == "k3f9"
+    assert stat.S_IMODE((host.home / ".slurmgate/logs").stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize(
+    "nasty",
+    [
+        "$(touch INJECTED)",
+        "`touch INJECTED`",
+        "'; touch INJECTED; '",
+        "a\nb,c=d;e",
+        '"$HOME"',
+        "\\'",
+    ],
+)
+def test_nothing_a_user_writes_is_run_by_the_shell(host: LoginHost, nasty: str) -> None:
+    host.script(nasty, "#!/bin/sh\n")
+    argv, env = host.submit(
+        service(bash_file=nasty, sbatch_args=(f"--comment={nasty}",), env=(("A", nasty),))
+    )
+    assert argv[0] == f"--comment={nasty}"
+    assert argv[-2] == f"{host.home}/{nasty}"
+    assert env["A"] == nasty
+    assert not list(host.home.parent.rglob("INJECTED"))
+    assert not Path("/INJECTED").exists()
+
+
+@given(
+    st.lists(st.text(st.characters(blacklist_characters="\0", codec="utf-8"), min_size=1)),
+    st.text(st.characters(blacklist_characters="\0", codec="utf-8")),
+)
+def test_every_value_arrives_as_it_was_written(words: list[str], value: str) -> None:
+    spec = service(bash_file="/dev/null", sbatch_args=tuple(words), env=(("A", value),))
+    text = slurm_submit.submit_script(spec, NAME, "k3f9", 20017)
+    prelude = text.index("sg_script=")
+    exported = text.index("export A=")
+    shown = 'printf "%s\\0" "$A"; sbatch() { printf "%s\\0" "$@"; }\nsg_script=x\n'
+    exports, _, call = text[exported:].partition("sbatch ")
+    assert prelude < exported
+    done = subprocess.run(
+        ["/bin/sh", "-s"],
+        input=(exports + shown + "sbatch " + call).encode(),
+        capture_output=True,
+        timeout=60,
+        check=True,
+    )
+    printed = done.stdout.split(b"\0")
+    assert printed[0] == value.encode()
+    assert printed[1 : 1 + len(words)] == [word.encode() for word in words]
+    assert printed[1 + len(words)] == b"--parsable"
+    assert printed[-2] == b"20017"
+
+
+@pytest.mark.parametrize(
+    ("written", "found"),
+    [("~/deep/run.sh", "deep/run.sh"), ("deep/run.sh", "deep/run.sh"), ("~x/run.sh", "~x/run.sh")],
+)
+def test_the_script_is_found_in_the_remote_home(host: LoginHost, written: str, found: str) -> None:
+    host.script(found, "#!/bin/sh\n")
+    argv, _ = host.submit(service(bash_file=written))
+    assert argv[-2] == str(host.home / found)
+
+
+def test_an_absolute_script_stays_absolute(host: LoginHost, tmp_path: Path) -> None:
+    script = tmp_path / "elsewhere.sh"
+    script.write_text("#!/bin/sh\n")
+    argv, _ = host.submit(service(bash_file=str(script)))
+    assert argv[-2] == str(script)
+
+
+@pytest.mark.parametrize(
+    "directive",
+    ["--output=x", "--output x", "-o x", "-ox", "-p main -o x", "--out=x", "-J a --output=x"],
+)
+def test_the_scripts_own_output_is_left_alone(host: LoginHost, directive: str) -> None:
+    host.script("serve.sh", f"#!/bin/sh\n  # remark\n\n#SBATCH {directive}\nsleep 1\n")
+    argv, _ = host.submit(service())
+    assert not [word for word in argv if word.startswith("--output")]
+
+
+@pytest.mark.parametrize("args", [("--output=x",), ("--output", "x"), ("-ox",), ("-o", "x")])
+def test_an_output_in_the_arguments_is_left_alone(host: LoginHost, args: tuple[str, ...]) -> None:
+    argv, _ = host.submit(service(sbatch_args=args))
+    assert own_output(host) not in argv
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "sleep 1\n#SBATCH --output=x\n",  # sbatch reads no directives behind the first command
+        "#SBATCH -p main # -o x\n",
+        "# SBATCH --output=x\n",
+        "#SBATCH --open-mode=append\n",
+    ],
+)
+def test_what_only_looks_like_an_output_does_not_count(host: LoginHost, text: str) -> None:
+    host.script("serve.sh", "#!/bin/sh\n" + text)
+    argv, _ = host.submit(service())
+    assert own_output(host) in argv
+
+
+NAMES = "A,SLURMGATE_PORT,SLURMGATE_SERVICE,SLURMGATE_REPLICA"
+
+
+@pytest.mark.parametrize(
+    ("directive", "args", "passed"),
+    [
+        ("", (), "ALL"),
+        ("--export=NONE", (), NAMES),
+        ("--export NIL", (), NAMES),
+        ("--export=X,Y=1", (), f"X,Y=1,{NAMES}"),
+        ('--export="X=1 2"', (), f"X=1 2,{NAMES}"),
+        ("--export='X=1 2' -p main", (), f"X=1 2,{NAMES}"),
+        ("--export=ALL,X=1", (), "ALL,X=1"),
+        ("--export-file=f", (), "ALL"),
+        ("--export=ALL", ("--export=NONE",), NAMES),
+        ("--export=NONE", ("--export", "ALL"), "ALL"),
+        ("", ("--export=X",), f"X,{NAMES}"),
+    ],
+)
+def test_the_environment_reaches_the_job_whatever_the_script_exports(
+    host: LoginHost, directive: str, args: tuple[str, ...], passed: str
+) -> None:
+    host.script("serve.sh", f"#!/bin/sh\n#SBATCH {directive}\n")
+    argv, env = host.submit(service(sbatch_args=args, env=(("A", "1,2\n3"),)))
+    assert [word for word in argv if word.startswith("--export=")][-1] == f"--export={passed}"
+    assert env["A"] == "1,2\n3"
+
+
+def test_variables_of_the_login_host_do_not_change_the_submission(host: LoginHost) -> None:
+    host.env |= {
+        "SBATCH_ARRAY_INX": "1-3",
+        "SBATCH_JOB_NAME": "other",
+        "SBATCH_ACCOUNT": "mine",
+        "SLURM_JOB_ID": "9",
+        "SLURM_CONF": "/etc/other.conf",
+        "INNOCENT": "a\nSLURM_X=1",
+    }
+    _, env = host.submit(service())
+    left = {name for name in env if name.startswith(("SBATCH_", "SLURM_"))}
+    assert left == {"SBATCH_ACCOUNT", "SLURM_CONF"}
+    assert env["INNOCENT"] == "a\nSLURM_X=1"
+
+
+def answer(host: LoginHost, spec: ServiceSpec) -> object:
+    done = host.run(slurm_submit.submit_script(spec, NAME, "k3f9", 20017))
+    return slurm_submit.read_submission(done.returncode, done.stdout, done.stderr)
+
+
+def test_a_script_that_is_not_there_is_refused_before_sbatch_is_asked(host: LoginHost) -> None:
+    refused = answer(host, service(bash_file="gone.sh"))
+    assert isinstance(refused, Refusal)
+    assert refused.for_good
+    assert refused.reason == (f"bash_file {host.home}/gone.sh does not exist on the login host")
+    refused = answer(host, service(bash_file="/"))
+    assert isinstance(refused, Refusal)
+    assert "is not a file that can be read" in refused.reason
+    assert not host.seen.exists()
+
+
+def test_a_host_without_sbatch_is_told_apart(host: LoginHost) -> None:
+    (host.bin / "sbatch").unlink()
+    host.env["PATH"] = str(host.bin)
+    for tool in ("env", "sed", "grep", "tail", "mkdir"):
+        (host.bin / tool).symlink_to(f"/usr/bin/{tool}")
+    assert answer(host, service()) == NotInstalled()
+
+
+def test_the_job_id_is_found_among_other_lines() -> None:
+    assert slurm_submit.job_id("Welcome!\n12;campus\n") == Submitted("12", "campus")
+    assert slurm_submit.job_id("Submitted batch job 12 on cluster c\n") == Submitted("12", "c")
+    assert slurm_submit.job_id("Welcome!\n") is None
+    assert slurm_submit.read_submission(0, "", "") is None
+
+
+@pytest.mark.parametrize(
+    ("said", "for_good"),
+    [
+        ("Invalid account or account/partition combination specified", True),
+        ("Invalid qos specification", True),
+        ("Invalid partition name specified", True),
+        ("Requested node configuration is not available", True),
+        ("Requested time limit is invalid (missing or exceeds some limit)", True),
+        ("Access/permission denied", True),
+        ("Unspecified error", False),
+        (
+            "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)",
+            False,
+        ),
+    ],
+)
+def test_known_refusals_are_given_in_slurms_words(said: str, for_good: bool) -> None:
+    text = f"sbatch: error: Batch job submission failed: {said}\n"
+    assert slurm_submit.read_submission(1, "", text) == Refusal(said, for_good)
+
+
+def test_what_a_site_says_with_its_refusal_is_kept() -> None:
+    text = (
+        "sbatch: error: AssocMaxSubmitJobLimit\n"
+        "sbatch: error: Batch job submission failed: Job violates accounting/QOS policy (x)\n"
+    )
+    refused = slurm_submit.refusal(text)
+    assert refused is not None
+    assert refused.reason == "AssocMaxSubmitJobLimit; Job violates accounting/QOS policy (x)"
+    assert not refused.for_good
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "sbatch: unrecognized option '--frobnicate'\nTry \"sbatch --help\" for more information",
+        "sbatch: error: Unable to open file /home/x/serve.sh",
+        "sbatch: error: This does not look like a batch script.  The first\nsbatch: error: line",
+        'sbatch: error: Invalid numeric value "x" for --nodes.',
+    ],
+)
+def test_what_sbatch_itself_refuses_is_for_good(text: str) -> None:
+    refused = slurm_submit.refusal(text)
+    assert refused is not None
+    assert refused.for_good
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation",
+        "sbatch: error: Batch job submission failed: Zero Bytes were transmitted or received",
+        "sbatch: error: Batch job submission failed: Something nobody has seen yet",
+        "sbatch: error: Unable to contact slurm controller (connect failure)\n"
+        "sbatch: error: Batch job submission failed: Unspecified error",
+        "Invalid qos specification, says the banner",
+        "",
+    ],
+)
+def test_everything_else_is_unknown(text: str) -> None:
+    assert slurm_submit.read_submission(1, "", text) is None
+
+
+NAME_PART = st.text("abcdefghijklmnopqrstuvwxyz0123456789", min_size=1, max_size=32)
+
+
+@given(
+    st.builds(
+        JobName,
+        instance=st.text("abcxyz0189-", min_size=1, max_size=32),
+        owner=NAME_PART,
+        replica=NAME_PART,
+        port=st.integers(1, 65535),
+        start_hash=st.text("0123456789abcdef", min_size=8, max_size=8),
+        route=st.text("abcXYZ019._-", min_size=1, max_size=100),
+    )
+)
+def test_job_names_survive_the_round_trip(name: JobName) -> None:
+    assert JobName.parse(str(name)) == name
+    assert JobName.parse(f"{name}\n") is None
+    assert JobName.parse(f"x{name}") is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "sg",
+        "sg.a.b.c.1.ff",
+        "sg.a.b.c.0.ff.r",
+        "sg.a.b.c.65536.ff.r",
+        "sg.A.b.c.1.ff.r",
+        "SG.a",
+    ],
+)
+def test_other_jobs_are_not_ours(text: str) -> None:
+    assert JobName.parse(text) is None
+
+
+@given(st.text(max_size=200))
+def test_no_listing_is_too_odd_to_read(text: str) -> None:
+    listing = parse_listing(text)
+    assert len(listing.rows) + listing.dropped <= text.count("\n") + 1
+    slurm_states.waiting_for(text)
+    slurm_states.kind_of(text)
+    slurm_format.parse_detail(text)
+    slurm_format.parse_node("n1", text)
+
+
+def test_a_listing_is_read_line_by_line() -> None:
+    listing = parse_listing(
+        "slurm_load_jobs error: something\n"
+        f"12|RUNNING|None|n1|n1|1700000000|1700003600|1-02:03:04|{NAME}\n"
+        "13_[1-4%2]|PENDING|Resources|n/a||N/A|N/A|UNLIMITED|a|b\n"
+        "14|PENDING|(null)|||Unknown|NONE|INVALID|\n"
+        "15|PENDING\n"
+    )
+    running, array, odd = listing.rows
+    assert (running.starts_at, running.ends_at) == (1700000000, 1700003600)
+    assert running.left == 93784
+    assert running.name == NAME
+    assert running.reason is None
+    assert array.name == "a|b"
+    assert array.reason == "Resources"
+    assert (array.batch_host, array.nodes, array.starts_at, array.left) == (None, None, None, None)
+    assert (odd.reason, odd.name) == (None, "")
+    assert listing.dropped == 2
+
+
+@pytest.mark.parametrize(
+    ("state", "kind"),
+    [
+        ("PENDING", Kind.QUEUED),
+        ("CONFIGURING", Kind.QUEUED),
+        ("RUNNING", Kind.RUNNING),
+        ("COMPLETING", Kind.ENDING),
+        ("SUSPENDED", Kind.PAUSED),
+        ("STOPPED", Kind.PAUSED),
+        ("REQUEUE_HOLD", Kind.HELD),
+        ("SPECIAL_EXIT", Kind.HELD),
+        ("CANCELLED by 1000", Kind.ENDED),
+        ("TIMEOUT", Kind.ENDED),
+        ("NEWLY_INVENTED", None),
+        ("", None),
+    ],
+)
+def test_states_have_a_meaning_or_are_unknown(state: str, kind: Kind | None) -> None:
+    assert slurm_states.kind_of(state) is kind
+
+
+def ended(state: str, *, ready: bool, exit: Exit | None = None) -> tuple[str, Fault]:
+    how = slurm_states.end_of(state, ready=ready, job_id="4711", node="n2", exit=exit)
+    assert how is not None
+    return how.words, how.fault
+
+
+def test_an_end_is_said_in_words_and_blamed() -> None:
+    assert ended("FAILED", ready=True, exit=Exit(3)) == (
+        "the service exited with code 3",
+        Fault.SERVICE,
+    )
+    assert ended("FAILED", ready=False, exit=Exit(0, 9))[0] == "the service was killed by signal 9"
+    assert ended("COMPLETED", ready=False)[0] == "the service exited with code 0"
+    assert ended("CANCELLED", ready=True) == ("job 4711 was cancelled", Fault.NOBODY)
+    assert ended("NODE_FAIL", ready=False) == ("node n2 failed", Fault.NOBODY)
+    assert ended("TIMEOUT", ready=False) == ("job 4711 ran into its time limit", Fault.SERVICE)
+    assert ended("TIMEOUT", ready=True)[1] is Fault.NOBODY
+    assert slurm_states.end_of("RUNNING", ready=True, job_id="1") is None
+
+
+@pytest.mark.parametrize(
+    ("reason", "forever"),
+    [
+        ("BadConstraints", True),
+        ("InvalidAccount", True),
+        ("InvalidQOS", True),
+        ("PartitionTimeLimit", True),
+        ("JobHeldUser", True),
+        ("JobHeldAdmin", True),
+        ("DependencyNeverSatisfied", True),
+        ("QOSMaxWallDurationPerJobLimit", True),
+        ("QOSMaxGRESPerJob", True),
+        ("AssocMaxCpuPerNode", True),
+        ("QOSMinGRES", True),
+        ("launch failed requeued held", True),
+        ("job_requeued_in_held_state", True),
+        ("QOSMaxGRESPerUser", False),
+        ("QOSMaxJobsPerUserLimit", False),
+        ("AssocMaxJobsLimit", False),
+        ("AssocGrpGRES", False),
+        ("MaxGRESPerAccount", False),
+        ("Resources", False),
+        ("Priority", False),
+        ("PartitionDown", False),
+        ("ReqNodeNotAvail, UnavailableNodes:n[1-3]", False),
+        ("Nodes required for job are DOWN, DRAINED or reserved", False),
+        ("NewlyInvented", False),
+    ],
+)
+def test_reasons_for_waiting_keep_slurms_word(reason: str, forever: bool) -> None:
+    waiting = slurm_states.waiting_for(reason)
+    assert waiting is not None
+    assert waiting.forever is forever
+    assert waiting.text.startswith(reason)
+
+
+def test_no_reason_is_no_reason() -> None:
+    assert [slurm_states.waiting_for(r) for r in (None, "", "None", "(null)")] == [None] * 4
+
+
+JOB_LINE = (
+    "JobId=12 JobName=x UserId=me(1) JobState=FAILED Reason=NonZeroExitCode Dependency=(null) "
+    "ExitCode=3:0 DerivedExitCode=0:9 RunTime=00:00:01 TimeLimit=1-00:00:00 NodeList=n1 "
+    "BatchHost=n1.site StdErr=/e StdIn=/dev/null StdOut={output} Power= MailUser=x"
+)
+
+
+def test_the_detail_of_a_job_comes_with_the_end_of_its_output(host: LoginHost) -> None:
+    output = host.script("a log-n1 0.txt", "".join(f"line {n}\n" for n in range(9)))
+    pattern = str(output.parent / "a log-%N %t.txt")
+    host.install("scontrol", f"#!/bin/sh\ncat <<'EOF'\n{JOB_LINE.format(output=pattern)}\nEOF\n")
+    done = host.run(slurm_format.detail_script("12", 2))
+    assert slurm_format.parse_detail(done.stdout) == Detail(
+        state="FAILED",
+        reason="NonZeroExitCode",
+        exit=Exit(3),
+        derived=Exit(0, 9),
+        output=pattern,
+        time_limit=86400,
+        nodes="n1",
+        batch_host="n1.site",
+        lines=("line 7", "line 8"),
+    )
+
+
+def test_a_job_that_slurm_forgot_is_gone_and_silence_says_nothing(host: LoginHost) -> None:
+    host.install(
+        "scontrol", "#!/bin/sh\necho 'slurm_load_jobs error: Invalid job id specified'\nexit 1\n"
+    )
+    done = host.run(slurm_format.detail_script("12", 5))
+    assert slurm_format.parse_detail(done.stdout) == Detail(gone=True)
+    host.install("scontrol", "#!/bin/sh\necho 'Unable to contact slurm controller' >&2\nexit 1\n")
+    done = host.run(slurm_format.detail_script("12", 5))
+    assert slurm_format.parse_detail(done.stdout) is None
+    assert slurm_format.parse_detail("") is None
+
+
+def test_the_end_of_a_file_is_shown_whatever_its_name(host: LoginHost) -> None:
+    path = host.script("-n $(false)'", "a\nb\n")
+    assert host.run(slurm_format.tail_script(str(path), 1)).stdout == "b\n"
+    assert host.run(slurm_format.tail_script("/no/such", 1)).stdout == ""
+
+
+def place(host: LoginHost, line: str, code: int = 0) -> NodePlace | None:
+    host.install("scontrol", f"#!/bin/sh\necho '{line}'\nexit {code}\n")
+    host.install(
+        "hostname",
+        "#!/bin/sh\n"
+        'case "$1" in -s) echo login1;; -I) echo 10.0.0.1;; *) echo login1.site;; esac\n',
+    )
+    return slurm_format.parse_node("gpu07", host.run(slurm_format.node_script("gpu07")).stdout)
+
+
+def test_a_node_is_found_by_the_address_slurm_uses(host: LoginHost) -> None:
+    uid = os.getuid()
+    far = "NodeName=gpu07 Arch=x NodeAddr=10.0.0.7 NodeHostName=gpu07 Version=22"
+    assert place(host, far) == NodePlace("10.0.0.7", is_login_host=False, uid=uid)
+    here = "NodeName=gpu07 NodeAddr=10.0.0.1 NodeHostName=gpu07 Version=22"
+    assert place(host, here) == NodePlace("10.0.0.1", is_login_host=True, uid=uid)
+    named = "NodeName=gpu07 NodeAddr=login1 NodeHostName=Login1 Version=22"
+    assert place(host, named) == NodePlace("login1", is_login_host=True, uid=uid)
+    lab = "NodeName=n1 NodeAddr=127.0.1.11 NodeHostName=localhost Version=22"
+    assert place(host, lab) == NodePlace("127.0.1.11", is_login_host=False, uid=uid)
+    refused = "slurm_load_node error: Access/permission denied"
+    assert place(host, refused, 1) == NodePlace(None, is_login_host=False, uid=uid)
+    assert slurm_format.parse_node("gpu07", "half an ans") is None
+
+
+def test_a_job_is_cancelled_by_name_and_id(host: LoginHost) -> None:
+    host.install("scancel", '#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    assert host.run(slurm_format.cancel_script(NAME, "12")).stdout == f"--name={NAME}\n12\n"
+
+
+def test_the_listing_asks_for_all_states_of_the_own_jobs(host: LoginHost) -> None:
+    host.install("squeue", '#!/bin/sh\nprintf "%s\\n" "$SLURM_TIME_FORMAT" "$SQUEUE_NAMES" "$@"\n')
+    host.env["SQUEUE_NAMES"] = "other"
+    shown = host.run(slurm_format.list_script()).stdout.splitlines()
+    assert shown == [
+        *("%s", "", "--noheader", "--states=all", "--user", str(os.getuid()), "-o"),
+        "%i|%T|%r|%B|%N|%S|%e|%L|%j",
+    ]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "OSError: [Errno 98] Address already in use",
+        "ERROR: [Errno 98] error while attempting to bind on address ('0.0.0.0', 20017): address "
+        "already in use",
+        "Error: listen EADDRINUSE: address already in use :::20017",
+        "listen tcp :20017: bind: address already in use",
+        "couldn't bind HTTP server socket, hostname: 0.0.0.0, port: 20017",
+        "Bind for 0.0.0.0:20017 failed: port is already allocated",
+        "E0101 12:30:45.1 failed to start HTTP service: Unavailable - Socket '0.0.0.0:20017' "
+        "already in use",
+        "Error: Address already in use (os error 98)",
+        "Port 20017 is in use by another program.",
+        "[2026-01-01 12:30:45 +0000] [7] [ERROR] Connection in use: ('0.0.0.0', 20017)",
+    ],
+)
+def test_a_taken_port_is_recognised(line: str) -> None:
+    assert slurm_states.port_taken(["fine", line], 20017)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "failed to start metrics: Socket '0.0.0.0:8002' already in use",
+        "Listening on 0.0.0.0:20017",
+        "error: model file not found",
+    ],
+)
+def test_other_lines_do_not_mean_a_taken_port(line: str) -> None:
+    assert not slurm_states.port_taken([line], 20017)
+
+
+def names(*words: str) -> list[tuple[str, str | None]]:
+    return [(option.name, option.value) for option in sbatch_args.read_options(words)]
+
+
+def test_arguments_are_read_as_sbatch_reads_them() -> None:
+    assert names("--array=1-3", "--arr", "1", "-a1", "-a", "2") == [
+        *(("array", "1-3"), ("array", "1"), ("array", "1"), ("array", "2"))
+    ]
+    assert names("-HJname", "--wait", "--exclusive", "x.sh") == [
+        *(("H", None), ("job-name", "name"), ("wait", None), ("exclusive", None), ("", "x.sh"))
+    ]
+    assert names("--brand-new", "7", "--newer", "-p", "gpu") == [
+        *(("brand-new", "7"), ("newer", None), ("p", "gpu"))
+    ]
+    assert names("-p", "-J", "--mem", "--wait") == [("p", "-J"), ("mem", "--wait")]
+    assert names("--", "-", ":") == [("", "--"), ("", "-"), ("", ":")]
+    missing = [o.name for o in sbatch_args.read_options(["--mem"]) if o.missing]
+    assert missing == ["mem"]
