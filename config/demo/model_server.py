@@ -2,10 +2,10 @@
 
     model_server.py PORT
 
-It listens on 127.0.0.1:PORT at once and is healthy after its load time, as model servers are.
-Environment: ``DEMO_LOAD_S`` load time in seconds (0), ``DEMO_MODEL`` name of the model (demo),
-``DEMO_TOKEN_S`` time for one token in seconds (0.02), ``DEMO_EXIT_CODE`` when the model has loaded,
-exit with that code instead of becoming healthy.
+It listens at once and is healthy after its load time, as model servers are. Environment:
+``DEMO_HOST`` address to listen on (127.0.0.1), ``DEMO_LOAD_S`` load time in seconds (0),
+``DEMO_MODEL`` name of the model (demo), ``DEMO_TOKEN_S`` time for one token in seconds (0.02),
+``DEMO_EXIT_CODE`` when the model has loaded, exit with that code instead of becoming healthy.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from typing import Any
 
 from aiohttp import WSMsgType, web
 
-HOST = "127.0.0.1"
 LARGEST_HEADERS = 256 << 10
 LARGEST_JSON = 64 << 20
 GRACE_S = 0.2  # what answers under way get after SIGTERM
@@ -34,6 +33,7 @@ WORDS = "the gate holds what it is sent until somebody is there to answer".split
 class Settings:
     """What the environment says."""
 
+    host: str
     model: str
     load_s: float
     token_s: float
@@ -44,6 +44,7 @@ class Settings:
         """Read the ``DEMO_`` variables; ValueError when one is not a number."""
         code = os.environ.get("DEMO_EXIT_CODE")
         return cls(
+            host=os.environ.get("DEMO_HOST", "127.0.0.1"),
             model=os.environ.get("DEMO_MODEL", "demo"),
             load_s=float(os.environ.get("DEMO_LOAD_S", "0")),
             token_s=float(os.environ.get("DEMO_TOKEN_S", "0.02")),
@@ -230,11 +231,11 @@ def main() -> None:
         sys.exit("usage: model_server.py PORT")
     port = int(sys.argv[1])
     settings = Settings.from_environment()
-    _say(f"demo: {settings.model} on {HOST}:{port}, loading for {settings.load_s:g} s")
+    _say(f"demo: {settings.model} on {settings.host}:{port}, loading for {settings.load_s:g} s")
     try:
         web.run_app(
             ModelServer(settings).app(),
-            host=HOST,
+            host=settings.host,
             port=port,
             print=None,
             access_log=None,

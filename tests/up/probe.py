@@ -4,7 +4,8 @@
 
 Environment: ``PROBE_NOTES`` a file that gets a JSON line for each start, each request other than
 health checks, and SIGTERM; ``PROBE_LOAD_S`` seconds until healthy; ``PROBE_LINGER_S`` how long it
-goes on serving after SIGTERM, so that a request which comes too late is seen.
+goes on serving after SIGTERM, so that a request which comes too late is seen; ``PROBE_HOST`` the
+address to listen on (127.0.0.1).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import time
 
 from aiohttp import web
 
+HOST = os.environ.get("PROBE_HOST", "127.0.0.1")
 NOTES = os.environ.get("PROBE_NOTES")
 LOAD_S = float(os.environ.get("PROBE_LOAD_S", "0"))
 LINGER_S = float(os.environ.get("PROBE_LINGER_S", "0"))
@@ -118,7 +120,7 @@ async def serve(port: int) -> None:
     )
     runner = web.AppRunner(app, access_log=None, max_line_size=1 << 17, max_field_size=1 << 17)
     await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", port, backlog=4096).start()
+    await web.TCPSite(runner, HOST, port, backlog=4096).start()
     note("start")
     sys.stdout.write(f"probe on {port}\n")
     sys.stdout.flush()
