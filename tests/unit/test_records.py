@@ -8,12 +8,13 @@ import stat
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from slurmgate.errors import StartRefused
-from slurmgate.model import LauncherKind
-from slurmgate.records import Record, Records
+from slurmgate.model import LauncherKind, SshSpec, TunnelMode
+from slurmgate.records import JobRecord, Record, Records
 
 RECORD = Record(
     replica="k3f9",
@@ -25,6 +26,56 @@ RECORD = Record(
     log="/state/logs/LLM/k3f9.log",
     boot="a-boot",
 )
+
+
+JOB = JobRecord(
+    name="sg.vm.0123456789.k3f9.20001.0123abcd.llm",
+    ssh=SshSpec("login", "me", Path("/k"), 2222, Path("/known"), "jump", Path("/ctl")),
+    setup=("module load slurm",),
+    tunnel=TunnelMode.NODE_LOOPBACK,
+    submitted=1700000000.5,
+)
+RUNNING_JOB = replace(
+    JOB,
+    ssh=None,
+    job_id="4711",
+    local=("127.0.0.1", 9000),
+    gen=2,
+    node="n2",
+    address="10.0.0.2",
+    started=1700000003.0,
+    running=1700000003.5,
+    endpoint="unix:/run/k3f9.2.sock",
+)
+
+
+@pytest.mark.parametrize("job", [JOB, replace(JOB, ssh=SshSpec("login")), RUNNING_JOB])
+def test_what_is_known_of_a_job_comes_back_as_it_was_written(tmp_path, job):
+    record = replace(RECORD, launcher=LauncherKind.SLURM, job=job)
+    Records(tmp_path).write(record)
+    assert Records(tmp_path).read_all() == [record]
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("ssh", {"host": 1}),
+        ("setup", [1]),
+        ("local", ["127.0.0.1"]),
+        ("tunnel", "bent"),
+        ("gen", "1"),
+        ("name", None),
+    ],
+)
+def test_a_record_with_a_damaged_job_is_set_aside(tmp_path, name, damage):
+    record = replace(RECORD, launcher=LauncherKind.SLURM, job=JOB)
+    Records(tmp_path).write(record)
+    path = tmp_path / "k3f9.json"
+    data = json.loads(path.read_bytes())
+    data["job"][name] = damage
+    path.write_text(json.dumps(data))
+    assert Records(tmp_path).read_all() == []
+    assert (tmp_path / "k3f9.broken").exists()
 
 
 def test_a_record_comes_back_as_it_was_written(tmp_path):
