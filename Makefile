@@ -6,7 +6,7 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev run test test-containers check bench
+.PHONY: help setup setup-dev run lab test test-containers check bench
 
 help:  ## show this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 24
@@ -19,6 +19,9 @@ setup-dev:
 
 run: setup  ## serve config/services.json on http://127.0.0.1:8080 (Ctrl-C stops it)
 	@exec $(BIN)/slurmgate up --config config/services.json
+
+lab: setup-dev  ## a small Slurm cluster on this machine, and slurmgate on it (Ctrl-C ends both)
+	@exec $(BIN)/python -m tests.lab up
 
 test: setup-dev  ## every test that needs no container engine
 	busted --pattern=_spec --lpath='lua/?.lua' tests/lua

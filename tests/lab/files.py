@@ -47,7 +47,7 @@ def lay_out(place: Place) -> None:
     munge_key.write_bytes(hashlib.sha512(place.secret.encode()).digest() * 2)
     keys = place.folder / "ssh"
     own = make_key(keys / "id_ed25519")
-    (keys / "authorized_keys").write_text(own + place.authorized)
+    (keys / "authorized_keys").write_text(f"{own}{place.authorized}\n")
     for role in ("login", *place.nodes):
         make_key(keys / f"host_{role}")
     host = (keys / "host_login.pub").read_text()

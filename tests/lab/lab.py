@@ -41,14 +41,14 @@ PROBE = ROOT / "tests" / "up" / "probe.py"
 
 
 class Lab(LoginHost):
-    """A cluster below ``folder``; ``timing`` takes the fields of ``texts.Timing``."""
+    """A cluster below ``folder``; ``changes`` are settings of slurm.conf, such as MinJobAge=5."""
 
     def __init__(
-        self, folder: Path, *, nodes: int = 3, place: Place | None = None, **timing: int
+        self, folder: Path, *, nodes: int = 3, place: Place | None = None, **changes: object
     ) -> None:
         self.folder = folder.resolve()
         self.place = place or loopback(self.folder, nodes, secrets.token_hex())
-        self.timing = texts.Timing(**timing)
+        self._changes = changes
         self.address = self.place.login
         self.addresses = dict(self.place.nodes)
         self.slurm_conf = self.folder / "slurm.conf"
@@ -74,7 +74,7 @@ class Lab(LoginHost):
     def start(self) -> Lab:
         """Start it; returns when every node is idle. LabError says what did not start."""
         files.lay_out(self.place)
-        self.slurm_conf.write_text(texts.slurm_conf(self.place, self.user, self.timing))
+        self.slurm_conf.write_text(texts.slurm_conf(self.place, self.user, self._changes))
         self.address_script = files.write_address_script(self.place)
         if os.getuid() == 0:
             Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
@@ -113,9 +113,10 @@ class Lab(LoginHost):
             slurmd.start(wait=False)
         for daemon in (*self.slurmd.values(), *servers):
             daemon.wait_until_ready()
-        self._wait_until_idle()
+        if "login" in self.place.roles:
+            self._wait_until_idle()
 
-    def _wait_until_idle(self, seconds: float = 60) -> None:
+    def _wait_until_idle(self, seconds: float = 120) -> None:
         try:
             until(self.is_idle, seconds)
         except AssertionError:

@@ -109,7 +109,12 @@ class LoginHost:
             shown = self.run("scontrol", "show", "node", name, "-o").stdout
             used, total = (int(_value(shown, key)) for key in ("CPUAlloc", "CPUTot"))
             if used < total:
-                what = [f"--time={minutes}", "--job-name=filler", "--output=/dev/null"]
+                what = [
+                    f"--time={minutes}",
+                    "--job-name=filler",
+                    "--output=/dev/null",
+                    "--no-requeue",
+                ]
                 size = ["-n1", f"-c{total - used}", f"--nodelist={name}"]
                 self._fillers.append(self.sbatch(*what, *size, "--wrap=exec sleep 3600"))
         for job_id in self._fillers:

@@ -11,67 +11,77 @@ from tests.lab.place import Place
 CPUS_PER_NODE = 16
 
 
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """Slurm's own times, in seconds."""
+REQUEUE_DELAY_S = 8  # a requeued job waits for the credentials of its first run to expire
 
-    min_job_age: int = 60
-    slurmd_timeout: int = 300
-    requeue_delay: int = 8  # a requeued job waits so long; job credentials expire as soon
+# (name, more) of the partitions; all are on all nodes.
+PARTITIONS = (
+    ("main", "Default=YES PriorityTier=1 PreemptMode=OFF"),
+    ("low", "PriorityTier=1 PreemptMode=REQUEUE"),
+    ("high", "PriorityTier=10 PreemptMode=OFF"),
+    ("quick", "PriorityTier=1 PreemptMode=OFF MaxTime=1"),
+    ("staff", "PriorityTier=1 PreemptMode=OFF AllowAccounts=staff"),
+)
 
 
-def slurm_conf(place: Place, user: str, timing: Timing) -> str:
-    """One machine may play all nodes, so each has a port of its own, and a name that says so."""
-    folder = place.folder
-    nodes = "\n".join(
-        f"NodeName={name} NodeHostname=localhost NodeAddr={address}"
-        f" Port={place.node_ports[name]} CPUs={CPUS_PER_NODE} RealMemory=4000 State=UNKNOWN"
-        for name, address in place.nodes.items()
+def slurm_conf(place: Place, user: str, changes: Mapping[str, object]) -> str:
+    """One machine may play all nodes, so each has a port of its own, and a name that says so.
+    ``changes`` are settings in Slurm's own names.
+    """
+    settings = {**_settings(place, user), **changes}
+    nodes = ",".join(place.nodes)
+    return "\n".join(
+        [
+            *(f"{key}={value}" for key, value in settings.items()),
+            *(
+                f"NodeName={name} NodeHostname=localhost NodeAddr={address}"
+                f" Port={place.node_ports[name]} CPUs={CPUS_PER_NODE} RealMemory=4000"
+                for name, address in place.nodes.items()
+            ),
+            *(f"PartitionName={name} Nodes={nodes} {more}" for name, more in PARTITIONS),
+            "",
+        ]
     )
-    everywhere = f"Nodes={','.join(place.nodes)} State=UP DefaultTime=UNLIMITED"
-    return f"""\
-ClusterName={place.cluster}
-SlurmctldHost=localhost({place.login})
-SlurmctldPort={place.control_port}
-SlurmUser={user}
-SlurmdUser={user}
-AuthType=auth/munge
-AuthInfo=socket={folder}/munge/socket,cred_expire={timing.requeue_delay}
-StateSaveLocation={folder}/slurmctld
-SlurmctldPidFile={folder}/slurmctld/pid
-SlurmctldLogFile={folder}/log/slurmctld.log
-SlurmdSpoolDir={folder}/%n
-SlurmdPidFile={folder}/%n/pid
-SlurmdLogFile={folder}/log/slurmd-%n.log
-SlurmdParameters=config_overrides
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
-JobCompType=jobcomp/none
-SwitchType=switch/none
-MpiDefault=none
-MailProg=/bin/true
-PropagateResourceLimits=NONE
-SelectType=select/cons_tres
-SelectTypeParameters=CR_CPU
-SchedulerParameters=bf_interval=1,sched_interval=1,batch_sched_delay=0,sched_min_interval=0
-PreemptType=preempt/partition_prio
-PreemptMode=REQUEUE
-PriorityType=priority/basic
-EnforcePartLimits=NO
-OverTimeLimit=0
-KillWait=2
-MinJobAge={timing.min_job_age}
-SlurmdTimeout={timing.slurmd_timeout}
-ReturnToService=2
-{nodes}
-PartitionName=main Default=YES PriorityTier=1 PreemptMode=OFF {everywhere}
-PartitionName=low PriorityTier=1 PreemptMode=REQUEUE {everywhere}
-PartitionName=high PriorityTier=10 PreemptMode=OFF {everywhere}
-PartitionName=quick MaxTime=1 PriorityTier=1 PreemptMode=OFF {everywhere}
-PartitionName=staff AllowAccounts=staff PriorityTier=1 PreemptMode=OFF {everywhere}
-"""
+
+
+def _settings(place: Place, user: str) -> dict[str, object]:
+    folder = place.folder
+    return {
+        "ClusterName": place.cluster,
+        "SlurmctldHost": f"localhost({place.login})",
+        "SlurmctldPort": place.control_port,
+        "SlurmUser": user,
+        "SlurmdUser": user,
+        "AuthType": "auth/munge",
+        "AuthInfo": f"socket={folder}/munge/socket,cred_expire={REQUEUE_DELAY_S}",
+        "StateSaveLocation": f"{folder}/slurmctld",
+        "SlurmctldPidFile": f"{folder}/slurmctld/pid",
+        "SlurmctldLogFile": f"{folder}/log/slurmctld.log",
+        "SlurmdSpoolDir": f"{folder}/%n",
+        "SlurmdPidFile": f"{folder}/%n/pid",
+        "SlurmdLogFile": f"{folder}/log/slurmd-%n.log",
+        "SlurmdParameters": "config_overrides",  # nodes may claim more than this machine has
+        "ProctrackType": "proctrack/linuxproc",
+        "TaskPlugin": "task/none",
+        "JobAcctGatherType": "jobacct_gather/none",
+        "AccountingStorageType": "accounting_storage/none",
+        "JobCompType": "jobcomp/none",
+        "SwitchType": "switch/none",
+        "MpiDefault": "none",
+        "MailProg": "/bin/true",
+        "PropagateResourceLimits": "NONE",
+        "SelectType": "select/cons_tres",
+        "SelectTypeParameters": "CR_CPU",
+        "SchedulerParameters": "bf_interval=1,sched_interval=1,batch_sched_delay=0"
+        ",sched_min_interval=0",
+        "PriorityType": "priority/basic",
+        "PreemptType": "preempt/partition_prio",
+        "PreemptMode": "REQUEUE",
+        "EnforcePartLimits": "NO",
+        "OverTimeLimit": 0,
+        "KillWait": 2,
+        "MinJobAge": 60,
+        "ReturnToService": 1,  # a node set down by hand stays down
+    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,8 +27,8 @@ def lab(shared_lab):
 
 @pytest.fixture
 def own_lab(tmp_path_factory):
-    """Make a cluster of the test's own: ``own_lab(slurmd_timeout=10)``, arguments as of Lab."""
+    """Make a cluster of the test's own: ``own_lab(SlurmdTimeout=10)``, arguments as of Lab."""
     with contextlib.ExitStack() as stack:
-        yield lambda **options: stack.enter_context(
-            Lab(tmp_path_factory.mktemp("own-lab"), **options)
+        yield lambda **changes: stack.enter_context(
+            Lab(tmp_path_factory.mktemp("own-lab"), **changes)
         )
