@@ -269,6 +269,26 @@ def test_a_script_that_is_not_there_is_refused_before_sbatch_is_asked(host: Logi
     assert not host.seen.exists()
 
 
+@pytest.mark.parametrize(
+    "directive", ["--array=1-3", "-a 1-3", "-W", "--wait", "-p main -M other", "hetjob"]
+)
+def test_a_script_that_asks_for_another_kind_of_job_is_refused(
+    host: LoginHost, directive: str
+) -> None:
+    host.script("serve.sh", f"#!/bin/sh\n#SBATCH {directive}\n")
+    refused = answer(host, service())
+    assert isinstance(refused, Refusal)
+    assert refused.for_good
+    assert "take it out" in refused.reason
+    assert not host.seen.exists()
+
+
+@pytest.mark.parametrize("directive", ["--wait-all-nodes=1", "-p a-W", "--account=x-M"])
+def test_options_that_only_look_like_it_are_none(host: LoginHost, directive: str) -> None:
+    host.script("serve.sh", f"#!/bin/sh\n#SBATCH {directive}\n")
+    host.submit(service())
+
+
 def test_a_host_without_sbatch_is_told_apart(host: LoginHost) -> None:
     (host.bin / "sbatch").unlink()
     host.env["PATH"] = str(host.bin)
@@ -322,6 +342,7 @@ def test_what_a_site_says_with_its_refusal_is_kept() -> None:
         "sbatch: unrecognized option '--frobnicate'\nTry \"sbatch --help\" for more information",
         "sbatch: error: Unable to open file /home/x/serve.sh",
         "sbatch: error: This does not look like a batch script.  The first\nsbatch: error: line",
+        'sbatch: error: "x" is not a valid node count',
         'sbatch: error: Invalid numeric value "x" for --nodes.',
     ],
 )
@@ -470,6 +491,7 @@ def test_an_end_is_said_in_words_and_blamed() -> None:
         ("QOSMinGRES", True),
         ("launch failed requeued held", True),
         ("job_requeued_in_held_state", True),
+        ("Job's account not known, so it can't use this partition (staff allows staff)", True),
         ("QOSMaxGRESPerUser", False),
         ("QOSMaxJobsPerUserLimit", False),
         ("AssocMaxJobsLimit", False),

@@ -184,6 +184,7 @@ _FOR_NOW = {
 _PER_JOB = re.compile(r"(?:Assoc|QOS)Max\w*Per(?:Job|Node)(?:Limit)?")
 _MINIMUM = re.compile(r"QOSMin\w+")
 _SHARED = re.compile(r"(?:Assoc|QOS)Grp\w+|(?:Assoc|QOS)?Max\w+")
+_BARRED = re.compile(r"not permitted to use this partition|can't use this partition")
 _HELD = re.compile(r"requeued[ _]held|requeued[ _]in[ _]held", re.IGNORECASE)
 
 
@@ -206,6 +207,8 @@ def waiting_for(reason: str | None) -> Waiting | None:
     word = re.split(r"[,\s]", shown, maxsplit=1)[0]
     if _HELD.search(shown):
         return Waiting(f"{shown} (the job failed to start and is held)", forever=True)
+    if _BARRED.search(shown):
+        return Waiting(shown, forever=True)
     if word in _FOREVER:
         return Waiting(f"{shown} ({_FOREVER[word]})", forever=True)
     if word in _FOR_NOW:
