@@ -122,6 +122,22 @@ def find_marked(marks: Mapping[str, str]) -> list[Process]:
     return [p for p in processes() if _owner(p.pid) == uid and _has(p.pid, marks)]
 
 
+def find_variable(name: str) -> list[tuple[Process, str]]:
+    """List the running processes of this user that have an environment variable, with its value."""
+    uid = os.geteuid()
+    found = ((p, environment(p.pid).get(name)) for p in processes() if _owner(p.pid) == uid)
+    return [(process, value) for process, value in found if value is not None]
+
+
+def command_line(pid: int) -> list[str]:
+    """Give the argv of a process; empty when it is gone or has none."""
+    try:
+        raw = (_PROC / str(pid) / "cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return []
+    return [os.fsdecode(word) for word in raw.removesuffix(b"\0").split(b"\0")] if raw else []
+
+
 def ancestors(pid: int) -> set[int]:
     """Give ``pid`` and every parent above it."""
     found: set[int] = set()
