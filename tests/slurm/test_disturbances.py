@@ -1,0 +1,146 @@
+"""What happens to jobs, nodes and connections from outside: the next request is answered."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from tests.lab.lab import Lab
+from tests.slurm.product import ClusterProduct, ask, serving
+from tests.waiting import until
+
+
+@pytest.fixture
+def product(tmp_path, lab: Lab):
+    with serving(ClusterProduct(tmp_path, lab)) as made:
+        yield made
+
+
+@pytest.fixture
+def own_product(tmp_path, own_lab):
+    """One whose cluster the test may break."""
+    with serving(ClusterProduct(tmp_path, own_lab(slurmd_timeout=10))) as made:
+        yield made
+
+
+def answered(product: ClusterProduct) -> int:
+    answer = product.get("/probe/pid", timeout=100)
+    assert answer.status_code == 200, answer.text
+    return answer.json()["pid"]
+
+
+def test_the_login_hosts_sshd_is_restarted(own_product: ClusterProduct):
+    own_product.job()
+    own_product.job("other")
+    own_product.up()
+    pid = answered(own_product)
+    own_product.lab.sshd.restart()
+    assert answered(own_product) == pid
+    assert own_product.get("/other/pid").status_code == 200
+    assert len(own_product.submitted()) == 1
+
+
+def test_the_login_hosts_sshd_is_away_for_a_moment(own_product: ClusterProduct):
+    own_product.job()
+    own_product.up()
+    pid = answered(own_product)
+    own_product.lab.sshd.stop()
+    waiting = ask(own_product)
+    own_product.lab.sshd.start()
+    assert waiting.answer().json()["pid"] == pid
+
+
+def test_a_tunnel_is_killed(product: ClusterProduct):
+    product.job()
+    product.up()
+    pid = answered(product)
+    for _ in range(3):
+        (tunnel,) = until(product.tunnels)
+        os.kill(tunnel, signal.SIGKILL)
+        assert answered(product) == pid
+        assert tunnel not in product.tunnels()
+    assert len(product.submitted()) == 1
+
+
+def test_a_tunnel_hangs(product: ClusterProduct):
+    product.job(health={"interval": 0.5, "timeout": 1, "failures": 2})
+    product.up()
+    pid = answered(product)
+    (tunnel,) = product.tunnels()
+    os.kill(tunnel, signal.SIGSTOP)
+    until(lambda: product.tunnels() not in ([], [tunnel]), 30)
+    assert answered(product) == pid
+
+
+def test_a_job_is_cancelled_from_outside(product: ClusterProduct):
+    product.job()
+    product.up()
+    pid = answered(product)
+    (job,) = product.live()
+    product.lab.run("scancel", job.id)
+    until(lambda: product.live() == [])
+    assert answered(product) != pid
+    until(lambda: f"job {job.id} was cancelled" in product.tail())
+
+
+def test_a_job_is_cancelled_from_outside_while_a_request_waits_for_it(product: ClusterProduct):
+    product.lab.fill()
+    product.job()
+    product.up()
+    waiting = ask(product)
+    (job,) = until(product.live)
+    product.lab.run("scancel", job.id)
+    until(lambda: product.live() not in ([], [job]), 30)
+    product.lab.free()
+    assert waiting.answer().status_code == 200
+
+
+def test_a_node_is_set_down(own_product: ClusterProduct):
+    own_product.job(sbatch_args=["--no-requeue"])
+    own_product.up()
+    pid = answered(own_product)
+    (job,) = own_product.live()
+    own_product.lab.run("scontrol", "update", f"NodeName={job.node}", "State=DOWN", "Reason=test")
+    assert answered(own_product) != pid
+    assert until(own_product.live)[0].node != job.node
+
+
+def test_a_preempted_job_is_queued_again_and_found_on_its_next_node(product: ClusterProduct):
+    node = product.lab.nodes[0]
+    product.job(sbatch_args=["--partition=low", f"--nodelist={node}", "--requeue"])
+    product.up()
+    pid = answered(product)
+    (job,) = product.live()
+    blocker = product.lab.sbatch(
+        "--partition=high", f"--nodelist={node}", "--exclusive", "--wrap=exec sleep 3600"
+    )
+    until(lambda: product.lab.until_job(blocker, "RUNNING"), 60)
+    waiting = ask(product)
+    until(lambda: product.replica()["state"] == "pending", 60)
+    product.lab.run("scancel", blocker)
+    assert waiting.answer(100).json()["pid"] != pid
+    assert [j.id for j in product.live()] == [job.id]
+
+
+@pytest.mark.timeout(240)
+def test_the_time_limit_is_reached(own_product: ClusterProduct):
+    own_product.job(sbatch_args=["--time=1"])
+    own_product.up()
+    pid = answered(own_product)
+    (job,) = own_product.live()
+    own_product.lab.until_job(job.id, "TIMEOUT", 110)
+    assert answered(own_product) != pid
+    until(lambda: "time limit" in own_product.tail())
+
+
+def test_a_job_that_dies_while_ready_is_started_anew_and_its_last_lines_are_logged(
+    product: ClusterProduct,
+):
+    product.job()
+    product.up()
+    pid = answered(product)
+    assert product.get("/probe/die").status_code in (200, 502)
+    assert answered(product) != pid
+    until(lambda: any("probe on" in line for line in product.log), 30)

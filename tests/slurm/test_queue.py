@@ -1,0 +1,94 @@
+"""Time in Slurm's queue: shown while it passes, refused only when it would never end."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.lab.lab import Lab
+from tests.slurm.product import ClusterProduct, ask, serving
+from tests.waiting import until
+
+
+@pytest.fixture
+def product(tmp_path, lab: Lab):
+    with serving(ClusterProduct(tmp_path, lab)) as made:
+        yield made
+
+
+def test_on_a_full_cluster_the_wait_is_shown_and_ends_when_it_frees_up(product: ClusterProduct):
+    product.lab.fill(minutes=10)
+    product.job(sbatch_args=["--time=30"])
+    product.up()
+    waiting = ask(product)
+    until(lambda: "Resources" in (product.info()["reason"] or ""), 30)
+    until(lambda: product.replica()["starts_in_s"] is not None, 60)
+    shown = product.info()
+    assert shown["state"] == "waking"
+    assert shown["retry_after_s"] > 60
+    assert not waiting.done
+    refused = product.get("/probe/pid", headers={"Prefer": "wait=0"})
+    assert refused.status_code == 503
+    assert "Resources" in refused.json()["reason"]
+    assert int(refused.headers["Retry-After"]) <= 60
+    assert refused.json()["retry_after_s"] > 60
+    product.lab.free()
+    assert waiting.answer().status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--partition=quick", "--time=10"], "PartitionTimeLimit"),
+        (["--hold"], "JobHeldUser"),
+        (["--dependency=afterok:{failed}"], "DependencyNeverSatisfied"),
+    ],
+)
+def test_a_job_that_would_wait_for_ever_is_refused_in_slurms_words(
+    product: ClusterProduct, args, words
+):
+    failed = product.lab.sbatch("--output=/dev/null", "--wrap=false")
+    product.lab.until_job(failed, "FAILED")
+    product.job(sbatch_args=[arg.format(failed=failed) for arg in args])
+    product.up()
+    answer = product.get("/probe/pid", timeout=60)
+    assert answer.status_code == 503
+    assert answer.json()["type"].endswith("cannot-start")
+    assert words in answer.json()["reason"]
+    until(lambda: product.live() == [])
+    assert len(product.submitted()) == 1
+
+
+def test_a_client_that_comes_back_after_retry_after_finds_its_place_kept(product: ClusterProduct):
+    product.lab.fill()
+    product.job(hold_timeout=2, abandon_timeout=1)
+    product.up()
+    answer = product.get("/probe/pid")
+    assert answer.status_code == 503
+    assert answer.json()["type"].endswith("hold-timeout")
+    assert "Retry-After" in answer.headers
+    (job,) = product.live()
+    again = product.get("/probe/pid")
+    assert again.status_code == 503
+    product.lab.free()
+    until(lambda: product.get("/probe/pid").status_code == 200, 30)
+    assert [j.id for j in product.submitted()] == [job.id]
+
+
+def test_a_queued_job_is_cancelled_when_every_client_has_hung_up(product: ClusterProduct):
+    product.lab.fill()
+    product.job(abandon_timeout=1)
+    product.up()
+    with pytest.raises(Exception, match="timed out"):
+        product.get("/probe/pid", timeout=4)
+    until(lambda: product.submitted() and not product.live(), 30)
+    product.until_state("cold")
+
+
+def test_the_queue_timeout_gives_up(product: ClusterProduct):
+    product.lab.fill()
+    product.job(queue_timeout=2)
+    product.up()
+    answer = product.get("/probe/pid")
+    assert answer.status_code == 503
+    assert "queue_timeout" in answer.json()["reason"]
+    until(lambda: product.live() == [])
