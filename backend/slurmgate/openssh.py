@@ -16,8 +16,8 @@ from slurmgate.model import SshSpec
 
 GLOBAL_KNOWN_HOSTS = Path("/etc/ssh/ssh_known_hosts")
 NODE_PORT = 22
+SSH = "ssh"
 
-_SSH = "ssh"
 _JUMP = re.compile(
     r"(?:(?P<user>[^@]+)@)?(?:\[(?P<literal>[^\]@]+)\]|(?P<name>[^\[\]:@,]+))(?::(?P<port>\d{1,5}))?"
 )
@@ -117,7 +117,7 @@ def master_command(ssh: SshSpec, command: str) -> list[str]:
 def master_remedy(ssh: SshSpec) -> str:
     """Give what an operator types to start the master that ``control_path`` means."""
     port = [] if ssh.port == 22 else ["-p", str(ssh.port)]
-    return shlex.join([_SSH, "-M", "-S", str(ssh.control_path), *port, "-N", destination(ssh)])
+    return shlex.join([SSH, "-M", "-S", str(ssh.control_path), *port, "-N", destination(ssh)])
 
 
 def jump(ssh: SshSpec) -> SshSpec | None:
@@ -143,13 +143,13 @@ def _master(ssh: SshSpec) -> list[str]:
     # The proxy command keeps ssh from logging in by itself when the master is gone.
     chosen = ["BatchMode=yes", "ControlMaster=no", "ProxyCommand=false", "EscapeChar=none"]
     chosen += ["ForwardAgent=no", "ForwardX11=no", "LogLevel=INFO", f"Port={ssh.port}"]
-    return [_SSH, *_spell(chosen), "-S", str(ssh.control_path)]
+    return [SSH, *_spell(chosen), "-S", str(ssh.control_path)]
 
 
 def _proxy(through: SshSpec, host: str, port: int) -> str:
     """Give the shell command that connects its standard streams to a port behind a host."""
     _check("host", host)
-    start = [_SSH, *options(through)] if through.control_path is None else _master(through)
+    start = [SSH, *options(through)] if through.control_path is None else _master(through)
     target = f"[{host}]:{port}"
     # ssh replaces %h and the like in a proxy command, and so does the inner one in its own turn.
     return _percent(shlex.join([*start, "-W", target, "--", destination(through)]))

@@ -1,0 +1,144 @@
+"""Commands in processes of this machine: a local shell, or ssh through the operator's master.
+
+Keeps no state. Each command leads a session of its own and is gone when the call returns; any
+thread may call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import signal
+import subprocess
+from dataclasses import dataclass
+from typing import IO
+
+from slurmgate import openssh
+from slurmgate.model import SshSpec
+from slurmgate.ports import Clock
+from slurmgate.ssh import script
+from slurmgate.ssh.connection import GRACE
+from slurmgate.ssh.outcome import HostAway, HostRefused, Output, Unfinished
+from slurmgate.ssh.script import Stream
+
+HERE = "this machine"
+
+_CHECK_MAX = 5.0
+_CHUNK = 1 << 16
+_SSH_FAILED = 255
+# What ssh says when it did not get through the master and tried the proxy command that never works.
+_NO_MASTER = b"UNKNOWN port 65535"
+
+
+def run_here(stdin: bytes, nonce: str, timeout: float, clock: Clock, *, login: bool) -> Output:
+    """Run a framed script in a shell of this machine."""
+    argv = script.command(timeout, login_shell=login)
+    return _Child(HERE, argv, stdin, nonce, timeout, clock).run()
+
+
+def run_through_master(
+    ssh: SshSpec, stdin: bytes, nonce: str, timeout: float, clock: Clock, *, login: bool
+) -> Output:
+    """Run a framed script through the running master; HostRefused when there is none."""
+    _check_master(ssh)
+    argv = openssh.master_command(ssh, script.remote_command(timeout, login_shell=login))
+    return _Child(ssh.host, argv, stdin, nonce, timeout, clock).run()
+
+
+def _check_master(ssh: SshSpec) -> None:
+    try:
+        argv = openssh.master(ssh, "check")
+        remedy = openssh.master_remedy(ssh)
+    except ValueError as error:
+        raise HostRefused(str(error)) from error
+    try:
+        checked = subprocess.run(
+            argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=_CHECK_MAX, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise HostAway(f"the master at {ssh.control_path} does not answer") from error
+    except OSError as error:
+        raise HostRefused(f"ssh cannot be run: {error.strerror}") from error
+    if checked.returncode != 0:
+        said = checked.stderr.decode(errors="replace").strip()
+        raise HostRefused(
+            f"no SSH master runs at ssh_control_path {ssh.control_path} ({said}): log in with"
+            f" {remedy}"
+        )
+
+
+@dataclass(slots=True)
+class _Child:
+    where: str
+    argv: list[str]
+    stdin: bytes
+    nonce: str
+    timeout: float
+    clock: Clock
+
+    def run(self) -> Output:
+        out, err = Stream(self.nonce), Stream(self.nonce)
+        began = self.clock()
+        end = began + self.timeout + GRACE
+        exit_code: int | None = None
+        with self._start() as process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            try:
+                self._read({process.stdout: out, process.stderr: err}, end)
+                exit_code = self._exit_code(process, end)
+            finally:
+                if process.returncode is None:
+                    _kill(process)
+        if self.argv[0] == openssh.SSH and exit_code == _SSH_FAILED and not out.begun:
+            if _NO_MASTER in err.data:
+                raise HostAway(f"the master did not take a command for {self.where}: {err.noise()}")
+            exit_code = None
+        return script.outcome(self.where, exit_code, out, err, self.timeout, began)
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        # The script is a file without a name: nobody has to feed a pipe while the output is read.
+        with os.fdopen(os.memfd_create("script"), "wb+") as file:
+            file.write(self.stdin)
+            file.seek(0)
+            try:
+                return subprocess.Popen(
+                    self.argv,
+                    stdin=file,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    bufsize=0,
+                    start_new_session=True,
+                )
+            except OSError as error:
+                raise HostRefused(f"{self.argv[0]} cannot be run: {error.strerror}") from error
+
+    def _read(self, streams: dict[IO[bytes], Stream], end: float) -> None:
+        """Read until every stream has ended; Unfinished at ``end``."""
+        with selectors.DefaultSelector() as selector:
+            for pipe, stream in streams.items():
+                selector.register(pipe, selectors.EVENT_READ, stream)
+            while selector.get_map():
+                left = end - self.clock()
+                if left <= 0:
+                    raise Unfinished(f"no answer from {self.where} within {self.timeout:g} s")
+                for key, _ in selector.select(left):
+                    chunk = os.read(key.fd, _CHUNK)
+                    key.data.feed(chunk)
+                    if not chunk or key.data.ended:
+                        selector.unregister(key.fd)
+
+    def _exit_code(self, process: subprocess.Popen[bytes], end: float) -> int:
+        try:
+            code = process.wait(max(0.1, end - self.clock()))
+        except subprocess.TimeoutExpired as error:
+            raise Unfinished(f"a command on {self.where} did not end") from error
+        return code if code >= 0 else 128 - code
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    # It leads a session and was not reaped: the number is still its own.
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
