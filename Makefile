@@ -27,8 +27,9 @@ test: setup-dev  ## every test that needs no container engine
 	busted --pattern=_spec --lpath='lua/?.lua' tests/lua
 	$(PYTEST) --cov --cov-report=term-missing
 
-test-containers: setup-dev  ## tests in containers; needs a Docker engine
-	$(PYTEST) tests/containers
+test-containers:  ## the same in containers; starts a Docker engine where none runs
+	@scripts/setup containers
+	scripts/containers $(PYTEST) tests/containers
 
 check: setup-dev  ## linters, types, layers, the nginx configuration
 	$(BIN)/ruff check .

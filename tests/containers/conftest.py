@@ -1,0 +1,55 @@
+"""The cluster and the stack, each started once for all tests: they take seconds to come up."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+pytest.register_assert_rewrite("tests.containers.stacks", "tests.containers.machines")
+
+from tests.containers import machines, stacks  # noqa: E402
+from tests.containers.engine import give  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory):
+    with machines.running(tmp_path_factory.mktemp("keys")) as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory, cluster):
+    """The compose stack with one service on the cluster."""
+    folder = tmp_path_factory.mktemp("config")
+    services = {
+        "gate": {"listen": "0.0.0.0:8080", "open": True},
+        "Services": [
+            {
+                "name": "Teller",
+                "route_name": "teller",
+                "api_paths": ["/"],
+                "bash_file": "serve.sh",
+                "check_health_path": "/health",
+                "timeout": 600,
+                "remote_host": "login",
+                "ssh_username": machines.ACCOUNT,
+                "ssh_key_file": "~/.ssh/id_ed25519",
+                "remote_port": "auto",
+            }
+        ],
+    }
+    (folder / "services.json").write_text(json.dumps(services, indent=1))
+    folder.chmod(0o755)
+    give(folder)
+    with stacks.running(folder, cluster.keys, cluster.network.name) as made:
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def story(request, stack, cluster):
+    """What the containers printed, beside a failed test."""
+    failed_before = request.session.testsfailed
+    yield
+    if request.session.testsfailed > failed_before:
+        print(stack.logs())  # noqa: T201
