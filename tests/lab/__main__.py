@@ -6,8 +6,8 @@ starts a lab, writes and prints a services.json that uses it, and runs ``slurmga
 ends all. ``make lab`` does this.
 
     python -m tests.lab serve FOLDER [--login ADDRESS] [--node NAME=ADDRESS]... [--role ROLE]...
-                              [--listen ADDRESS] [--ssh-port N] [--home DIR] [--secret TEXT]
-                              [--authorized-key FILE]
+                              [--listen ADDRESS] [--ssh-port N] [--control-port N] [--home DIR]
+                              [--secret TEXT] [--authorized-key FILE]
 
 runs a cluster in the foreground until SIGTERM: in a container image, which needs Debian's
 slurmctld, slurmd, slurm-client, munge, openssh-server and python3, and of this repository
@@ -27,7 +27,8 @@ names resolve, with the home directory and nothing else shared:
 
 FOLDER is made and removed; it must have the same path everywhere. ssh logins are for the user that
 runs it, and its home directory is ``--home`` (FOLDER/home). Ports: ssh as given (22), slurmctld
-6817, slurmd 6818 and up, and an sshd on port 22 of each node that has a container of its own.
+as --control-port says (6817), slurmd the ones after that, and an sshd on port 22 of each node that
+has a container of its own.
 """
 
 from __future__ import annotations
@@ -45,7 +46,6 @@ from typing import Any
 from tests.lab.lab import ROOT, Lab, LabError
 from tests.lab.place import Place
 
-CONTROL_PORT = 6817
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -63,6 +63,7 @@ def main() -> None:
     serve.add_argument("--role", action="append", metavar="login|NAME")
     serve.add_argument("--listen", default="0.0.0.0", metavar="ADDRESS")
     serve.add_argument("--ssh-port", type=int, default=22)
+    serve.add_argument("--control-port", type=int, default=6817)
     serve.add_argument("--home", type=Path)
     serve.add_argument("--secret", default="lab")
     serve.add_argument("--authorized-key", type=Path)
@@ -158,8 +159,8 @@ def containers(args: argparse.Namespace) -> Place:
         nodes=nodes,
         listen=dict.fromkeys(["login", *nodes], args.listen),
         ssh_port=args.ssh_port,
-        control_port=CONTROL_PORT,
-        node_ports={name: CONTROL_PORT + 1 + index for index, name in enumerate(nodes)},
+        control_port=args.control_port,
+        node_ports={name: args.control_port + 1 + index for index, name in enumerate(nodes)},
         secret=args.secret,
         roles=roles,
         port_22_problem=None if alone else "the nodes share one machine",

@@ -212,6 +212,14 @@ class Lab(LoginHost):
             "ssh_known_hosts": str(self.known_hosts),
         }
 
+    def need_port_22(self) -> None:
+        """AssertionError with a remedy when there are no ssh servers on port 22."""
+        remedy = (
+            "run as root, or `sysctl net.ipv4.ip_unprivileged_port_start=22`; an sshd of the "
+            "machine's own must not listen on 0.0.0.0:22"
+        )
+        assert self.port_22_problem is None, f"{self.port_22_problem} ({remedy})"
+
     def bare_path(self) -> str:
         """A PATH with every command of the system but Slurm's: ``sshd_options(env={"PATH": …})``
         hides Slurm from all but login shells, whose /etc/profile sets another.

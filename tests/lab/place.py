@@ -44,7 +44,7 @@ def loopback(folder: Path, nodes: int, secret: str) -> Place:
     block = f"127.{random.randint(1, 254)}.{random.randint(1, 254)}"
     login = f"{block}.1"
     addresses = {f"n{i}": f"{block}.{10 + i}" for i in range(1, nodes + 1)}
-    ssh_port, control_port, *node_ports = _free_ports(nodes + 2)
+    ssh_port, control_port, *node_ports = free_ports(nodes + 2)
     listen = {"login": login, **addresses}
     return Place(
         folder=folder,
@@ -73,7 +73,7 @@ def bind_problem(address: str, port: int) -> str | None:
     return None
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Ports that nobody has on any address; another lab is unlikely to choose the same."""
     found: list[int] = []
     for port in random.sample(PORTS, len(PORTS)):
