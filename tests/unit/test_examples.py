@@ -1,0 +1,176 @@
+"""What lies in config/examples is right as it stands: configurations, job scripts, systemd unit."""
+
+from __future__ import annotations
+
+import configparser
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from slurmgate import cli
+from slurmgate.config import examine
+from tests.waiting import until
+
+EXAMPLES = Path(__file__).parents[2] / "config" / "examples"
+CONFIGS = sorted(EXAMPLES.rglob("*.json"))
+JOBS = sorted((EXAMPLES / "jobs").iterdir())
+UNIT = EXAMPLES / "slurmgate.service"
+
+# What stands in for each server prints its arguments; GPUs and files of a node are not needed.
+SERVERS = {"vllm.sh": "vllm", "tgi.sh": "text-generation-launcher", "triton.sh": "tritonserver"}
+SERVERS |= {"llama-cpp.sh": "llama-server"}
+IMAGES = {"tgi.sh": "TGI_IMAGE", "triton.sh": "TRITON_IMAGE"}
+ECHO = '#!/bin/sh\necho "$0 $$"\nprintf "%s\\n" "$@"\n'
+
+
+def by_name(path: Path) -> str:
+    return str(path.relative_to(EXAMPLES))
+
+
+def run_job(job: Path, folder: Path, **env: str) -> tuple[str, int, list[str]]:
+    """Run a job script with stand-ins in its PATH: what it called, as which pid, with what."""
+    for name in (*SERVERS.values(), "apptainer"):
+        (folder / name).write_text(ECHO)
+        (folder / name).chmod(0o755)
+    path = f"{folder}:{os.environ['PATH']}"
+    process = subprocess.Popen(
+        [job, "20017"],
+        env={"HOME": str(folder), "PATH": path, "SLURM_JOB_ID": "4711", **env},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    called, *arguments = process.communicate(timeout=30)[0].splitlines()
+    assert process.returncode == 0
+    program, pid = called.split()
+    assert int(pid) == process.pid, "without exec, the server does not get Slurm's SIGTERM"
+    return Path(program).name, process.pid, arguments
+
+
+def option(arguments: list[str], name: str) -> str:
+    """Value of ``--name value`` or ``--name=value``."""
+    joined = "\n".join(arguments)
+    found = re.search(rf"^{name}[=\n](.*)$", joined, re.MULTILINE)
+    assert found, f"no {name} in {arguments}"
+    return found[1]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=by_name)
+def test_every_example_configuration_has_no_problems(path):
+    assert examine(path).problems == ()
+
+
+def test_the_example_for_a_cluster_uses_job_scripts_that_are_there():
+    services = json.loads((EXAMPLES / "cluster.json").read_text())["Services"]
+    used = {Path(service["bash_file"]).name for service in services}
+    assert used == {job.name for job in JOBS} - {"hello.sh"}
+    for service in services:
+        script = (EXAMPLES / "jobs" / Path(service["bash_file"]).name).read_text()
+        assert f"Health: {service['check_health_path']}\n" in script
+        for variable in service["env"]:
+            assert f"{{{variable}:-" in script, f"{variable} means nothing to {service['name']}"
+        loopback = service.get("tunnel") == "node-loopback"
+        assert (service["env"].get("BIND_HOST") == "127.0.0.1") == loopback
+
+
+@pytest.mark.parametrize("job", JOBS, ids=by_name)
+def test_a_job_script_is_one_that_sbatch_takes(job):
+    text = job.read_text()
+    assert text.startswith("#!/bin/bash\n")
+    assert os.access(job, os.X_OK)
+    assert '"$1"' in text
+    assert "\nset -euo pipefail\n" in text
+    head = text[: text.index("\nset -euo")]
+    assert all(line.startswith("#") for line in head.splitlines()), "sbatch reads no further"
+    for needed in ("--mem=", "--time="):
+        assert f"\n#SBATCH {needed}" in head
+    assert ("#SBATCH --gres=" in head) == (job.name != "hello.sh")
+    subprocess.run(["/bin/bash", "-n", job], check=True, timeout=30)
+
+
+@pytest.mark.parametrize("job", [job for job in JOBS if job.name in SERVERS], ids=by_name)
+def test_a_job_script_becomes_its_server_on_the_port_it_is_given(job, tmp_path):
+    name, _, arguments = run_job(job, tmp_path)
+    assert name == SERVERS[job.name]
+    given = {"tgi.sh": ("--hostname", "--port"), "triton.sh": ("--http-address", "--http-port")}
+    host, port = given.get(job.name, ("--host", "--port"))
+    assert (option(arguments, host), option(arguments, port)) == ("0.0.0.0", "20017")
+    _, _, arguments = run_job(job, tmp_path, BIND_HOST="127.0.0.1")
+    assert option(arguments, host) == "127.0.0.1"
+
+
+@pytest.mark.parametrize("job", [job for job in JOBS if job.name in IMAGES], ids=by_name)
+def test_a_job_script_runs_its_server_out_of_an_image(job, tmp_path):
+    name, _, arguments = run_job(job, tmp_path, **{IMAGES[job.name]: "/images/server.sif"})
+    assert name == "apptainer"
+    assert "/images/server.sif" in arguments
+    assert any("20017" in argument for argument in arguments)
+
+
+def test_the_smallest_service_answers_and_ends_with_sigterm(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    python = Path(sys.executable).parent
+    process = subprocess.Popen(
+        [EXAMPLES / "jobs" / "hello.sh", str(port)],
+        env={"PATH": f"{python}:{os.environ['PATH']}", "BIND_HOST": "127.0.0.1"},
+        stderr=subprocess.DEVNULL,
+    )
+
+    def answer() -> bytes | None:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5) as opened:
+                return bytes(opened.read())
+        except OSError:
+            return None
+
+    try:
+        assert until(answer) == f"hello from {socket.gethostname()}\n".encode()
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+def unit() -> configparser.RawConfigParser:
+    parser = configparser.RawConfigParser(strict=True)
+    parser.optionxform = str  # type: ignore[assignment, method-assign]
+    parser.read(UNIT)
+    return parser
+
+
+def test_the_systemd_unit_lets_slurmgate_end_in_order():
+    service = unit()["Service"]
+    assert service["KillMode"] == "mixed"
+    assert int(service["TimeoutStopSec"]) > 35, "backend 20 s, gate 4 s, replicas 10 s"
+    assert service["ExecReload"] == "/bin/kill -HUP $MAINPID"
+    assert service["Restart"] == "on-failure"
+    assert service["User"] not in ("", "root")
+    assert "MemoryDenyWriteExecute" not in service, "LuaJIT needs memory it can write and run"
+    assert "AF_UNIX" in service["RestrictAddressFamilies"]
+
+
+def test_the_systemd_unit_starts_slurmgate_with_options_it_has():
+    service = unit()["Service"]
+    program, *arguments = service["ExecStart"].split()
+    assert program == "/opt/slurmgate/.venv/bin/slurmgate"
+    args = cli.build_parser().parse_args(arguments)
+    assert args.command == "up"
+    assert Path("/var/lib", service["StateDirectory"]) in args.state_dir.parents
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="this machine has no systemd")
+def test_systemd_understands_the_unit(tmp_path):
+    copy = tmp_path / UNIT.name  # it also looks for the program, which is not installed here
+    copy.write_text(re.sub(r"(?m)^ExecStart=\S+", "ExecStart=/bin/true", UNIT.read_text()))
+    checked = subprocess.run(
+        ["systemd-analyze", "verify", copy], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert UNIT.name not in checked.stderr
