@@ -143,14 +143,10 @@ def test_nothing_a_user_writes_is_run_by_the_shell(host: LoginHost, nasty: str) 
 def test_every_value_arrives_as_it_was_written(words: list[str], value: str) -> None:
     spec = service(bash_file="/dev/null", sbatch_args=tuple(words), env=(("A", value),))
     text = slurm_submit.submit_script(spec, NAME, "k3f9", 20017)
-    prelude = text.index("sg_script=")
-    exported = text.index("export A=")
-    shown = 'printf "%s\\0" "$A"; sbatch() { printf "%s\\0" "$@"; }\nsg_script=x\n'
-    exports, _, call = text[exported:].partition("sbatch ")
-    assert prelude < exported
+    show = 'show() { printf "%s\\0" "$A" "$@"; }\nsg_sbatch=show sg_script=x sg_export=ALL\n'
     done = subprocess.run(
         ["/bin/sh", "-s"],
-        input=(exports + shown + "sbatch " + call).encode(),
+        input=(show + text[text.index("set -- ") :]).encode(),
         capture_output=True,
         timeout=60,
         check=True,
@@ -251,6 +247,14 @@ def test_variables_of_the_login_host_do_not_change_the_submission(host: LoginHos
     left = {name for name in env if name.startswith(("SBATCH_", "SLURM_"))}
     assert left == {"SBATCH_ACCOUNT", "SLURM_CONF"}
     assert env["INNOCENT"] == "a\nSLURM_X=1"
+
+
+def test_variables_of_a_service_may_be_called_anything(host: LoginHost) -> None:
+    given = (("PATH", "/only/mine"), ("sg_script", "x"), ("HOME", "/h"), ("IFS", "/"))
+    argv, env = host.submit(service(env=given))
+    assert argv[-2:] == [str(host.home / "serve.sh"), "20017"]
+    assert env["PATH"] == "/only/mine"
+    assert env["HOME"] == "/h"
 
 
 def answer(host: LoginHost, spec: ServiceSpec) -> object:

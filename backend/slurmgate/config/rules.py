@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from slurmgate.config.cluster import ONLY_SSH, check_cluster
 from slurmgate.config.listen import listen_problem
 from slurmgate.config.report import JsonPath, Report, show_value
 from slurmgate.config.specs import parse_size, resolve
@@ -45,11 +46,9 @@ _ORIGINAL = {
     "nginxFile": "is ignored: the nginx configuration is rendered by Slurmgate",
     "appPort": 'is ignored: "gate": {"listen": ...} says where the gate listens',
 }
-_ONLY_SSH = ("ssh_username", "ssh_key_file", "ssh_port", "ssh_known_hosts", "ssh_jump")
 _ONLY_SLURM = (
     "remote_host",
-    *_ONLY_SSH,
-    "ssh_control_path",
+    *ONLY_SSH,
     "local_host",
     "local_port",
     "remote_setup",
@@ -203,18 +202,10 @@ def _process(entry: Entry, path: JsonPath, folder: Path, report: Report) -> None
 
 
 def _slurm(entry: Entry, path: JsonPath, folder: Path, report: Report) -> None:
-    report.warn(
-        (*path, "launcher"),
-        'the launcher "slurm" is not in this version: requests to this service are answered 503 '
-        'cannot-start; "process" starts services on this machine',
-    )
+    check_cluster(entry, path, folder, report)
     if "remote_host" in entry:
         for key in ("ssh_key_file", "ssh_known_hosts"):
             _missing_file(entry, key, path, folder, report)
-    else:
-        for key in _ONLY_SSH:
-            if key in entry:
-                report.warn((*path, key), 'is not used without "remote_host"')
     if "local_host" in entry and "local_port" not in entry:
         report.warn((*path, "local_host"), 'is not used without "local_port"')
 

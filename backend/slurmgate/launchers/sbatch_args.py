@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-_SHORT_WITH_VALUE = frozenset("aAbBcCdDeFGijJLmMnNoOpqStwx")
-_SHORT_WITHOUT = frozenset("hHIkKQsuvVW")
+_SHORT_WITH_VALUE = frozenset("aAbBcCdDeFGiJLmMnNopqStwx")
+_SHORT_WITHOUT = frozenset("hHIkKOQsuvVW")
 _SHORT_NAMES = {
     "a": "array",
     "A": "account",
@@ -20,6 +20,8 @@ _SHORT_NAMES = {
     "J": "job-name",
     "M": "clusters",
     "o": "output",
+    "Q": "quiet",
+    "u": "usage",
     "V": "version",
     "W": "wait",
 }

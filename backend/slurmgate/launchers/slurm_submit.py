@@ -46,10 +46,7 @@ done
 
 _FIND = r"""sg_script={script}
 cd "$HOME" || {{ echo "{mark} the home directory $HOME cannot be entered" >&2; exit 1; }}
-if ! command -v sbatch >/dev/null; then
-  echo "sbatch: command not found" >&2
-  exit 127
-fi
+sg_sbatch=$(command -v sbatch) || {{ echo "sbatch: command not found" >&2; exit 127; }}
 if [ ! -e "$sg_script" ]; then
   echo "{mark} bash_file $sg_script does not exist on the login host" >&2
   exit 1
@@ -142,7 +139,7 @@ def submit_script(spec: ServiceSpec, name: str, replica: str, port: int) -> str:
     has_output = sbatch_args.last_value(spec.sbatch_args, "output") is not None
     exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in variables)
     # Ours come last: of an option given twice, sbatch takes the last.
-    command = shlex.join(["sbatch", *spec.sbatch_args, "--parsable", f"--job-name={name}"])
+    own = [*spec.sbatch_args, "--parsable", f"--job-name={name}"]
     return "".join(
         (
             _CLEAN,
@@ -151,9 +148,11 @@ def submit_script(spec: ServiceSpec, name: str, replica: str, port: int) -> str:
             "sg_output=\n" if has_output else _OWN_OUTPUT,
             _OWN_EXPORT if given_export is None else f"sg_export={shlex.quote(given_export)}\n",
             _EXPORT.format(names=",".join(name for name, _ in variables)),
+            f'set -- "$sg_sbatch" {shlex.join(own)} "--export=$sg_export" '
+            f'${{sg_output:+"$sg_output"}} "$sg_script" {port}\n',
+            # From here on nothing but "$@" is read: these may be called anything, PATH as well.
             exports,
-            command,
-            f' "--export=$sg_export" ${{sg_output:+"$sg_output"}} "$sg_script" {port}\n',
+            '"$@"\n',
         )
     )
 
