@@ -26,7 +26,7 @@ class Warden:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process = subprocess.Popen(
-            [sys.executable, "-I", str(WARDEN)],
+            [sys.executable, "-I", "-S", str(WARDEN)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -59,7 +59,7 @@ class Lab(LoginHost):
         #: Why neither login host nor nodes have an sshd on port 22; None: they have.
         self.port_22_problem = self.place.port_22_problem
         self._warden: Warden | None = None
-        path = f"{Path(find('sbatch')).parent}:{SYSTEM_PATH}"
+        path = f"{SYSTEM_PATH}:{Path(find('sbatch')).parent}"
         home = self.place.home
         self._session_env = {"SLURM_CONF": str(self.slurm_conf), "HOME": str(home), "PATH": path}
         super().__init__(
