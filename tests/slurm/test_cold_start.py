@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import socket
+from typing import Any
 
 import httpx
 import pytest
@@ -15,25 +16,24 @@ from tests.slurm.product import ClusterProduct, ask, serving
 from tests.up.product import free_port
 from tests.waiting import until
 
+SERVICE = {
+    "name": "LLM",
+    "route_name": "llm",
+    "api_paths": ["/v1", "/health"],
+    "bash_file": "run_llm.sh",
+    "check_health_path": "health",
+    "timeout": 2,
+    "remote_host": "login.cluster.example",
+    "ssh_username": "someone",
+    "ssh_key_file": "~/.ssh/id_ed25519",
+    "remote_port": 8000,
+    "local_host": "127.0.0.1",
+    "local_port": 8001,
+}
 ORIGINAL = {
     "nginxFile": "/etc/nginx/sites-enabled/services",
     "appPort": 5000,
-    "Services": [
-        {
-            "name": "LLM",
-            "route_name": "llm",
-            "api_paths": ["/v1", "/health"],
-            "bash_file": "run_llm.sh",
-            "check_health_path": "health",
-            "timeout": 2,
-            "remote_host": "login.cluster.example",
-            "ssh_username": "someone",
-            "ssh_key_file": "~/.ssh/id_ed25519",
-            "remote_port": 8000,
-            "local_host": "127.0.0.1",
-            "local_port": 8001,
-        }
-    ],
+    "Services": [SERVICE],
 }
 
 
@@ -45,7 +45,7 @@ def product(tmp_path, lab: Lab):
 
 def test_the_original_systems_file_works_unchanged(product: ClusterProduct):
     """Only host names, paths, and a host key, as the operator of that system would have them."""
-    entry = {**ORIGINAL["Services"][0]}
+    entry: dict[str, Any] = {**SERVICE}
     fields = product.lab.ssh_fields()
     entry |= {
         **{key: fields[key] for key in ("remote_host", "ssh_username", "ssh_key_file")},
@@ -91,10 +91,6 @@ def test_two_services_share_a_port_on_different_nodes(product: ClusterProduct):
     first, second, _third = product.lab.nodes
     product.job("one", remote_port=port, sbatch_args=[f"--nodelist={first}"])
     product.job("two", remote_port=port, sbatch_args=[f"--nodelist={second}"])
-    services, product.services = product.services, []
-    for service in services:  # the same host and port twice is for people to allow knowingly
-        service["remote_port"] = port
-    product.services = services
     product.up()
     waiting = [ask(product, "/one/pid"), ask(product, "/two/pid")]
     pids = {waiter.answer().json()["pid"] for waiter in waiting}

@@ -124,7 +124,9 @@ def _unique_fields(services: list[tuple[JsonPath, Entry]], report: Report) -> No
         host = None if launcher == "process" else entry.get("remote_host")
         port = entry.get("remote_port", "auto")
         if port != "auto":
-            ports.take((launcher, host, port), (*path, "remote_port"), port)
+            # Jobs that other arguments send to other nodes may well use the same port there.
+            args = () if launcher == "process" else tuple(entry.get("sbatch_args", ()))
+            ports.take((launcher, host, port, args), (*path, "remote_port"), port)
         if "local_port" in entry and launcher != "process":
             where = (entry.get("local_host", "127.0.0.1"), entry["local_port"])
             local_ports.take(where, (*path, "local_port"), entry["local_port"])
