@@ -377,7 +377,7 @@ def test_a_model_given_twice_is_a_problem_of_its_own(folder: Path):
 
 
 def test_the_same_fixed_port_on_different_nodes_of_a_cluster_is_no_conflict(folder: Path):
-    first = {"remote_port": 8000, "sbatch_args": ["--nodelist=n1"], **SLURM}
+    first = {"launcher": "slurm", "remote_port": 8000, "sbatch_args": ["--nodelist=n1"]}
     assert len(accepted(two(first, {**first, "sbatch_args": ["-w", "n2"]}), folder).services) == 2
     [problem] = problems(two(first, first), folder)
     assert "is the fixed port of Services[0]" in problem
