@@ -17,9 +17,19 @@ from pathlib import Path
 
 import httpx
 
-from tests.bench import cold, crowd, rest, warm
+from tests.bench import (
+    cold,
+    crowd,
+    rest,
+    slurm_cold,
+    slurm_crowd,
+    slurm_rest,
+    slurm_tunnel,
+    warm,
+)
 from tests.bench.figures import Figure, Outcome, table
 from tests.bench.machine import allow_open_files, facts
+from tests.lab.lab import LabError
 
 RESULTS = Path(__file__).resolve().parents[2] / "build" / "bench.json"
 OPEN_FILES = 12000
@@ -30,6 +40,10 @@ BENCHMARKS: dict[str, Callable[[bool], Outcome]] = {
     "cold": cold.cold,
     "crowd": crowd.crowd,
     "rest": rest.rest,
+    "slurm_cold": slurm_cold.slurm_cold,
+    "slurm_tunnel": slurm_tunnel.slurm_tunnel,
+    "slurm_crowd": slurm_crowd.slurm_crowd,
+    "slurm_rest": slurm_rest.slurm_rest,
 }
 
 
@@ -38,7 +52,13 @@ def measure(name: str, quick: bool) -> Outcome:
     sys.stderr.write(f"{name} …\n")
     try:
         return BENCHMARKS[name](quick)
-    except (AssertionError, OSError, httpx.HTTPError, subprocess.SubprocessError) as error:
+    except (
+        AssertionError,
+        OSError,
+        httpx.HTTPError,
+        LabError,
+        subprocess.SubprocessError,
+    ) as error:
         traceback.print_exc()
         broken = Figure(f"{name}: could not be measured", nan, 0.0)
         return Outcome([broken], [f"{type(error).__name__}: {error}"], {})

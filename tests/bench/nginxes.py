@@ -44,12 +44,13 @@ SERVICE = """
     access_log off;
     keepalive_requests 10000000;
     server {
-        listen 127.0.0.1:%(port)s backlog=8192;
+        listen %(host)s:%(port)s backlog=8192;
         default_type application/json;
         location = /health {
             if (!-f "%(folder)s/healthy") { return 503; }
             return 200;
         }
+        location = /large { root "%(folder)s"; sendfile on; }
         location / { return 200 '{"answer": "A small answer, of the size a quick call has."}\\n'; }
     }
 """
@@ -84,17 +85,26 @@ def fast_service(product: Product, name: str, **fields: object) -> None:
 
     Each start adds a line to the file ``starts`` beside it.
     """
-    folder = product.folder
-    pattern = folder / "service.conf.in"
-    pattern.write_text(_configuration(folder, "service-@PORT@", SERVICE, port="@PORT@"))
-    made = f"{folder}/service-$1.conf"
-    script = product.script(
-        "fast.sh",
-        f'echo started >>"{folder}/starts"\n'
-        f'sed "s/@PORT@/$1/g" "{pattern}" >"{made}"\n'
-        f'exec "{find_nginx()}" -e stderr -c "{made}"',
-    )
+    script = product.script("fast.sh", fast_script(product.folder, "127.0.0.1"))
     product.service(name, script, **fields)
+
+
+def fast_script(folder: Path, host: str) -> str:
+    """The script of ``fast_service``.
+
+    ``host`` is what it listens on, or shell text for it; ``/large`` is the file ``large`` in the
+    folder.
+    """
+    pattern = folder / "service.conf.in"
+    pattern.write_text(
+        _configuration(folder, "service-@PORT@", SERVICE, host="@HOST@", port="@PORT@")
+    )
+    made = f"{folder}/service-$1.conf"
+    return (
+        f'echo started >>"{folder}/starts"\n'
+        f'sed "s/@HOST@/{host}/g; s/@PORT@/$1/g" "{pattern}" >"{made}"\n'
+        f'exec "{find_nginx()}" -e stderr -c "{made}"'
+    )
 
 
 def say_healthy(product: Product) -> None:

@@ -2,7 +2,8 @@
 
 ``BENCH_LOAD_S`` seconds after its start (default 0) its health path turns 200. Any other request is
 answered with moments on the machine's monotonic clock: when it became healthy, and when this
-request came. One connection after the other: the benchmarks send it one request per start.
+request came. One connection after the other: the benchmarks send it one request per start. It
+listens on ``BENCH_HOST`` (127.0.0.1).
 """
 
 import json
@@ -16,7 +17,7 @@ healthy = started + float(os.environ.get("BENCH_LOAD_S", "0"))
 
 listener = socket.socket()
 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-listener.bind(("127.0.0.1", int(sys.argv[1])))
+listener.bind((os.environ.get("BENCH_HOST", "127.0.0.1"), int(sys.argv[1])))
 listener.listen(1024)
 while True:
     client, _ = listener.accept()

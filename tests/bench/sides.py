@@ -105,7 +105,7 @@ def rounds(
     deadline = time.monotonic() + patience * wanted * len(order) * ROUND_S
     calm: list[int] = []
     for index in itertools.count():
-        _until_calm(WAIT_S)
+        until_calm(WAIT_S)
         for side in order:
             side.load(connections, cores)
         if all(side.samples[index].others <= CALM for side in order):
@@ -120,7 +120,8 @@ def rounds(
     return Rounds({name: [s[i] for i in calm] for name, s in made.items()}, made)
 
 
-def _until_calm(seconds: float) -> None:
+def until_calm(seconds: float) -> None:
+    """Wait until the machine does next to nothing, at most so long."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         before = machine_busy_seconds()
