@@ -8,6 +8,7 @@ On disk, all of it 0700 / 0600 and owned by the user Slurmgate runs as:
     run-directory                   name of the directory that holds the sockets
     up.lock, backend.lock           held by whoever runs; the kernel frees them with their process
     replicas/  logs/  nginx/        records, output of processes, the rendered configuration
+    nodes/                          host keys of compute nodes that were met
 
 ``StateDir.open`` makes what is missing and is for ``up`` and the backend; ``StateDir.find`` only
 reads and is for commands that talk to them. Several threads may use one StateDir.
@@ -147,6 +148,16 @@ class StateDir:
     def api_socket(self) -> Path:
         """Socket of the backend's HTTP interface."""
         return self.run_dir() / "api.sock"
+
+    @property
+    def tunnel_sockets(self) -> Path:
+        """Folder of the sockets of tunnels, and of nothing else."""
+        return self.run_dir() / "t"
+
+    @property
+    def node_keys(self) -> Path:
+        """Folder of the pinned host keys of compute nodes."""
+        return self.path / "nodes"
 
     @property
     def nginx_pid(self) -> Path:

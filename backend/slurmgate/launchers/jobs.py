@@ -140,7 +140,7 @@ class Inquire:
 
 @dataclass(frozen=True, slots=True)
 class Connect:
-    """Find the node's address and open a tunnel to it."""
+    """Find the node's address and open a tunnel to it, unless that is under way."""
 
     gen: int
     node: str
@@ -341,7 +341,7 @@ def _queued(job: Job, row: Row, now: float) -> Step:
     )
     if row.permanent and not job.hopeless:
         job = replace(job, hopeless=True)
-        effects = (*effects, GiveUp(row.reason or "Slurm will never start it"))
+        effects = (*effects, GiveUp(f"job {row.job_id} cannot start: {row.reason or 'held'}"))
     return job, effects
 
 
@@ -355,7 +355,7 @@ def _running(job: Job, row: Row, now: float) -> Step:
             job = replace(job, reason=suspended)
         if job.started is None:
             job = replace(job, started=row.began)
-        return job, ()
+        return job, () if job.endpoint is not None else (Connect(job.gen, row.node),)
     effects: tuple[Effect, ...] = (Disconnect(job.gen),) if job.stage is Stage.RUNNING else ()
     job = replace(
         job,
@@ -471,23 +471,37 @@ def troubled(job: Job, gen: int, reason: str) -> Job:
     return replace(job, reason=reason)
 
 
+def wants_way(job: Job) -> bool:
+    """Whether a tunnel to it should be there."""
+    return job.stage is Stage.RUNNING and not job.stopping
+
+
 # -- how often to look -----------------------------------------------------------------------
 
 REST = 15.0
 
 
-def pace(job: Job, now: float) -> float:
-    """Give how many seconds should lie between listings for the sake of this job."""
-    age = now - job.waiting_since
-    if job.stopping:
-        return _waiting(now - job.cancelled_at) if job.job_id is not None else _waiting(age)
+def due(job: Job, last: float, now: float, jitter: float) -> float:
+    """Say when the next listing is due for the sake of this job; ``last`` is when one began."""
+    since = job.cancelled_at if job.stopping and job.job_id is not None else job.waiting_since
+    if job.stage is Stage.RUNNING and not job.stopping:
+        since = last
+    return max(last, since) + _pace(job, now) * jitter
+
+
+def _pace(job: Job, now: float) -> float:
     if job.absent_since is not None:
         return UNSENT_APART if job.job_id is None else GONE_APART
-    if job.completing_since is not None:
-        return _waiting(now - job.completing_since)
-    if job.stage is Stage.RUNNING:
-        return REST if age >= 5.0 else 1.0
-    return _waiting(age)
+    since = job.waiting_since
+    if job.stopping:
+        since = job.waiting_since if job.job_id is None else job.cancelled_at
+    elif job.completing_since is not None:
+        since = job.completing_since
+    elif job.stage is Stage.RUNNING and job.endpoint is not None:
+        return REST if now - since >= 5.0 else 1.0
+    elif job.running_at is not None:
+        since = job.running_at
+    return _waiting(now - since)
 
 
 def _waiting(age: float) -> float:
