@@ -134,8 +134,15 @@ class Sshd:
         for member in self._family(self._process.pid):
             _signal(member, signal.SIGSTOP)
 
+    def pause_connections(self) -> None:
+        """Freeze the connections that are open now; new ones work."""
+        assert self._process is not None
+        for member in self._family(self._process.pid):
+            if member.pid != self._process.pid:
+                _signal(member, signal.SIGSTOP)
+
     def resume(self) -> None:
-        """Take ``pause`` back."""
+        """Take a pause back."""
         assert self._process is not None
         for member in self._family(self._process.pid):
             _signal(member, signal.SIGCONT)

@@ -19,6 +19,7 @@ from slurmgate.model import SshSpec
 from slurmgate.ports import Clock
 from slurmgate.ssh import script
 from slurmgate.ssh.connection import GRACE
+from slurmgate.ssh.dialing import describe
 from slurmgate.ssh.outcome import HostAway, HostRefused, Output, Unfinished
 from slurmgate.ssh.script import Stream
 
@@ -27,6 +28,7 @@ HERE = "this machine"
 _CHECK_MAX = 5.0
 _CHUNK = 1 << 16
 _SSH_FAILED = 255
+_FREED_WAIT = 0.2
 # What ssh says when it did not get through the master and tried the proxy command that never works.
 _NO_MASTER = b"UNKNOWN port 65535"
 
@@ -43,7 +45,7 @@ def run_through_master(
     """Run a framed script through the running master; HostRefused when there is none."""
     _check_master(ssh)
     argv = openssh.master_command(ssh, script.remote_command(timeout, login_shell=login))
-    return _Child(ssh.host, argv, stdin, nonce, timeout, clock).run()
+    return _Child(describe(ssh), argv, stdin, nonce, timeout, clock).run()
 
 
 def _check_master(ssh: SshSpec) -> None:
@@ -81,21 +83,29 @@ class _Child:
         out, err = Stream(self.nonce), Stream(self.nonce)
         began = self.clock()
         end = began + self.timeout + GRACE
-        exit_code: int | None = None
         with self._start() as process:
             assert process.stdout is not None
             assert process.stderr is not None
             try:
                 self._read({process.stdout: out, process.stderr: err}, end)
-                exit_code = self._exit_code(process, end)
+                exit_code = self._exit_code(process, end, ended=out.ended)
             finally:
                 if process.returncode is None:
                     _kill(process)
-        if self.argv[0] == openssh.SSH and exit_code == _SSH_FAILED and not out.begun:
-            if _NO_MASTER in err.data:
-                raise HostAway(f"the master did not take a command for {self.where}: {err.noise()}")
-            exit_code = None
+        if self._through_master and exit_code == _SSH_FAILED:
+            exit_code = self._explain(out, err, began)
         return script.outcome(self.where, exit_code, out, err, self.timeout, began)
+
+    @property
+    def _through_master(self) -> bool:
+        return self.argv[0] == openssh.SSH
+
+    def _explain(self, out: Stream, err: Stream, began: float) -> int | None:
+        """Say what ssh's own exit code means; HostAway when the command was not sent."""
+        if not out.begun and _NO_MASTER in err.data:
+            raise HostAway(f"the master did not take a command for {self.where}: {err.noise()}")
+        # ssh says it also of a command that was killed, as timeout(1) does in the end.
+        return script.KILLED if self.clock() - began >= self.timeout else None
 
     def _start(self) -> subprocess.Popen[bytes]:
         # The script is a file without a name: nobody has to feed a pipe while the output is read.
@@ -129,10 +139,17 @@ class _Child:
                     if not chunk or key.data.ended:
                         selector.unregister(key.fd)
 
-    def _exit_code(self, process: subprocess.Popen[bytes], end: float) -> int:
+    def _exit_code(
+        self, process: subprocess.Popen[bytes], end: float, *, ended: bool
+    ) -> int | None:
+        """Wait for the process; None when what is left of it does not matter."""
+        # ssh stays while anything the script left behind holds its streams.
+        patience = _FREED_WAIT if ended and self._through_master else end - self.clock()
         try:
-            code = process.wait(max(0.1, end - self.clock()))
+            code = process.wait(max(_FREED_WAIT, patience))
         except subprocess.TimeoutExpired as error:
+            if ended:
+                return None
             raise Unfinished(f"a command on {self.where} did not end") from error
         return code if code >= 0 else 128 - code
 

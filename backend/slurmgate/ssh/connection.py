@@ -15,7 +15,7 @@ import paramiko
 
 from slurmgate.ports import Clock
 from slurmgate.ssh.outcome import HostAway, Output, Unfinished
-from slurmgate.ssh.script import OUTPUT_MAX, Stream, outcome
+from slurmgate.ssh.script import KILLED, OUTPUT_MAX, Stream, outcome
 
 CHANNELS_MAX = 6
 GRACE = 5.0
@@ -25,7 +25,6 @@ _CHUNK = 1 << 16
 _JOIN = 1.0
 _STATUS_WAIT = 2.0
 _FREED_WAIT = 0.2
-_KILLED = 137
 
 
 class NotSent(Exception):
@@ -176,12 +175,12 @@ class Connection:
             stream.feed(chunk)
 
     def _exit_code(self, channel: paramiko.Channel) -> int | None:
-        """Give the exit code; None when the connection was lost, _KILLED when a signal ended it."""
+        """Give the exit code; None when the connection was lost, KILLED when a signal ended it."""
         channel.status_event.wait(_STATUS_WAIT)
         if channel.exit_status >= 0:
             return channel.exit_status
         # paramiko does not read the message that tells the signal.
-        return _KILLED if self._transport.is_active() and channel.closed else None
+        return KILLED if self._transport.is_active() and channel.closed else None
 
     @contextlib.contextmanager
     def _limit(self, deadline: float) -> Iterator[None]:

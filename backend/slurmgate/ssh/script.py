@@ -18,7 +18,8 @@ OUTPUT_MAX = 8 << 20
 _KILL_AFTER = 2
 _SAID_MAX = 300
 # Of `timeout`: it ended the command; the same, by force.
-_TIMED_OUT = (124, 137)
+_ENDED, KILLED = 124, 137
+_TIMED_OUT = (_ENDED, KILLED)
 # `timeout` could not fork; sshd's own "no logins now" (/etc/nologin); ssh's own failure.
 _NOT_NOW = (125, 254, 255)
 # The script comes in by descriptor 3: a profile that reads its standard input must not eat it.
@@ -44,7 +45,7 @@ def frame(script: str, setup: tuple[str, ...], nonce: str) -> bytes:
     lines = (
         "{",
         # Stay until those below have ended: timeout(1) kills the stubborn only while we live.
-        f"trap 'exit {_TIMED_OUT[0]}' TERM",
+        f"trap 'exit {_ENDED}' TERM",
         *setup,
         "set +e",
         f"echo begin-{nonce}",
@@ -103,8 +104,8 @@ class Stream:
         return self.data[max(start, 0) : end if end >= 0 else None].decode(errors="replace")
 
     def noise(self) -> str:
-        """Give the last of what was printed, by whomever."""
-        return self.data[-_SAID_MAX:].decode(errors="replace").strip()
+        """Give the last of what was printed, by the script or, before it began, by others."""
+        return self.data[max(self._begin(), 0) :][-_SAID_MAX:].decode(errors="replace").strip()
 
     def _begin(self) -> int:
         mark = f"begin-{self.nonce}\n".encode()
