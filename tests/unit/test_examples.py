@@ -19,7 +19,8 @@ from slurmgate import cli
 from slurmgate.config import examine
 from tests.waiting import until
 
-EXAMPLES = Path(__file__).parents[2] / "config" / "examples"
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "config" / "examples"
 CONFIGS = sorted(EXAMPLES.rglob("*.json"))
 JOBS = sorted((EXAMPLES / "jobs").iterdir())
 UNIT = EXAMPLES / "slurmgate.service"
@@ -65,6 +66,15 @@ def option(arguments: list[str], name: str) -> str:
 @pytest.mark.parametrize("path", CONFIGS, ids=by_name)
 def test_every_example_configuration_has_no_problems(path):
     assert examine(path).problems == ()
+
+
+def test_every_configuration_in_the_readme_has_no_problems(tmp_path):
+    blocks = re.findall(r"(?ms)^```json\n(.*?)^```", (ROOT / "README.md").read_text())
+    assert len(blocks) >= 2
+    for number, block in enumerate(blocks):
+        path = tmp_path / f"{number}.json"
+        path.write_text(block)
+        assert examine(path).problems == ()
 
 
 def test_the_example_for_a_cluster_uses_job_scripts_that_are_there():
