@@ -6,7 +6,6 @@ State: the project's containers, network and volume; ``down`` removes them by th
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import secrets
 import subprocess
@@ -98,11 +97,6 @@ class Stack:
         before = self.container("backend").attrs["RestartCount"]
         self.container("backend").exec_run(["sh", "-c", "kill -9 -1"])
         until(lambda: self.container("backend").attrs["RestartCount"] > before, 30)
-
-    def info(self, name: str) -> dict[str, Any]:
-        """A service as the backend sees it: never a copy."""
-        services = json.loads(self.run("backend", "slurmgate", "status", "--json"))["services"]
-        return next(service for service in services if service["name"] == name)
 
     def get(self, path: str, timeout: float = 60) -> httpx.Response:
         return httpx.get(self.url + path, timeout=timeout)

@@ -1,6 +1,49 @@
-"""Slurmgate in containers, on a Slurm cluster in containers."""
+"""Slurmgate in containers, on a Slurm cluster in containers.
+
+The tests that want the service warm share one job: which job answers is what they are about.
+"""
 
 from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from tests.containers.machines import NODES
+from tests.waiting import until
+
+
+@pytest.fixture
+def job(stack):
+    """The id of the service's job, which runs."""
+    return stack.get("/teller/warm").json()["job"]
+
+
+def ids_of_all_jobs(cluster):
+    return [job.id for job in cluster.jobs(ended=True)]
+
+
+@contextlib.contextmanager
+def asking(stack, answers: list[httpx.Response]) -> Iterator[None]:
+    """One client that asks again and again, all the while."""
+    over = threading.Event()
+
+    def ask() -> None:
+        with httpx.Client(base_url=stack.url, timeout=90) as client:
+            while not over.is_set():
+                answers.append(client.post("/teller/asked", content=b"still there?"))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        until(lambda: answers)
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def test_the_containers_run_as_an_ordinary_user_and_cannot_write_their_images(stack):
@@ -16,3 +59,52 @@ def test_the_gate_answers_on_the_published_port(stack):
     assert stack.get("/healthz").json() == {"status": "ok"}
     assert stack.get("/readyz").json() == {"status": "ready"}
     assert [s["name"] for s in stack.get("/info").json()["services"]] == ["Teller"]
+
+
+def test_check_finds_everything_in_place(stack):
+    assert "no errors" in stack.run("backend", "slurmgate", "check", "--connect")
+
+
+def test_a_cold_request_starts_one_job_and_is_answered_by_it(stack, cluster):
+    assert cluster.jobs(ended=True) == []
+    answer = httpx.post(f"{stack.url}/teller/echo", content=b"hello cold world", timeout=90)
+    assert answer.status_code == 200, answer.text
+    told = answer.json()
+    assert told["body"] == "hello cold world"
+    assert told["node"] in NODES
+    assert float(answer.headers["X-Slurmgate-Waited"]) > 0
+    (job,) = cluster.jobs(ended=True)
+    assert (job.id, job.state, job.node) == (told["job"], "RUNNING", told["node"])
+    assert job.name.startswith("sg.")
+
+
+def test_no_request_fails_while_the_backend_is_killed_and_comes_back(stack, cluster, job):
+    answers: list[httpx.Response] = []
+    with asking(stack, answers):
+        stack.kill_backend()
+        stack.wait_until_healthy()
+        assert stack.get("/teller/after").json()["job"] == job
+    assert {answer.status_code for answer in answers} == {200}
+    assert {answer.json()["job"] for answer in answers} == {job}
+    assert ids_of_all_jobs(cluster) == [job]
+
+
+def test_a_restarted_stack_adopts_the_job(stack, cluster, job):
+    stack.compose("restart")
+    stack.wait_until_healthy()
+    assert stack.get("/teller/after").json()["job"] == job
+    assert ids_of_all_jobs(cluster) == [job]
+
+
+def test_a_stack_taken_down_and_up_again_adopts_the_job(stack, cluster, job):
+    stack.compose("down")
+    assert ids_of_all_jobs(cluster) == [job]
+    stack.up()
+    assert stack.get("/teller/after").json()["job"] == job
+    assert ids_of_all_jobs(cluster) == [job]
+
+
+def test_an_operator_stops_the_service_and_its_job_ends(stack, cluster, job):
+    stack.run("backend", "slurmgate", "stop", "Teller")
+    until(lambda: not cluster.jobs(), 30)
+    assert ids_of_all_jobs(cluster) == [job]
