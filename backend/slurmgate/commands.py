@@ -7,16 +7,19 @@ command needs are imported there, so that the others start quickly.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import logging
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from slurmgate import client, procfs
-from slurmgate.errors import BackendAway
-from slurmgate.model import GateSpec
+from slurmgate.errors import BackendAway, StateError
+from slurmgate.model import Config, GateSpec
 from slurmgate.state import StateDir, network_filesystem
 
 GATE_PROGRAMS = ("nginx", "openresty")
@@ -73,7 +76,6 @@ def run_render(args: argparse.Namespace) -> int:
 def run_check(args: argparse.Namespace) -> int:
     """``check``: one line per problem, one per warning."""
     from slurmgate import config
-    from slurmgate.model import LauncherKind
 
     path = args.file or args.config
     found = config.examine(path)
@@ -86,13 +88,33 @@ def run_check(args: argparse.Namespace) -> int:
         say(f"warning: {args.state_dir} is on a network file system ({kind}); use a local disk")
     if found.config is None or not _tls_is_good(found.config.gate):
         return 1
-    services = found.config.services
-    slurm = [s.name for s in services if s.launcher is LauncherKind.SLURM]
-    if args.connect and slurm:
-        say(f"cannot connect for {', '.join(slurm)}: this version has no Slurm launcher")
+    if args.connect and not _hosts_are_good(found.config, args.state_dir):
         return 1
-    say(f"{path}: {len(services)} services, no errors")
+    say(f"{path}: {len(found.config.services)} services, no errors")
     return 0
+
+
+def _hosts_are_good(config: Config, state_dir: Path) -> bool:
+    """``check --connect``: log in to each host and ask about each service."""
+    from slurmgate import connect
+    from slurmgate.ssh import Remotes
+
+    identity = connect.Identity(config.instance, None)
+    with contextlib.suppress(StateError):  # never started here, or not ours to read
+        state = StateDir.find(state_dir)
+        identity = connect.Identity(config.instance or state.instance, state.owner)
+    logging.getLogger("slurmgate").addHandler(logging.NullHandler())  # the findings say it better
+    remotes = Remotes()
+    try:
+        return connect.check(config, identity, remotes, tell=_say_now)
+    finally:
+        remotes.close()
+
+
+def _say_now(text: object) -> None:
+    """Print a line of something that takes its time."""
+    say(text)
+    sys.stdout.flush()
 
 
 def _tls_is_good(gate: GateSpec) -> bool:

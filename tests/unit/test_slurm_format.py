@@ -648,9 +648,9 @@ def test_arguments_are_read_as_sbatch_reads_them() -> None:
         *(("H", None), ("job-name", "name"), ("wait", None), ("exclusive", None), ("", "x.sh"))
     ]
     assert names("--brand-new", "7", "--newer", "-p", "gpu") == [
-        *(("brand-new", "7"), ("newer", None), ("p", "gpu"))
+        *(("brand-new", "7"), ("newer", None), ("partition", "gpu"))
     ]
-    assert names("-p", "-J", "--mem", "--wait") == [("p", "-J"), ("mem", "--wait")]
+    assert names("-p", "-J", "--mem", "--wait") == [("partition", "-J"), ("mem", "--wait")]
     assert names("--", "-", ":") == [("", "--"), ("", "-"), ("", ":")]
     missing = [o.name for o in sbatch_args.read_options(["--mem"]) if o.missing]
     assert missing == ["mem"]

@@ -17,10 +17,14 @@ _SHOWN = 1000
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """There is no job, and why, in Slurm's words; ``for_good``: trying again cannot help."""
+    """There is no job, and why, in Slurm's words; ``for_good``: trying again cannot help.
+
+    ``is_ours``: our part of the script found ``bash_file`` wrong and did not ask sbatch.
+    """
 
     reason: str
     for_good: bool
+    is_ours: bool = False
 
 
 # In lower case; they may stand anywhere in an error line. Slurm's own wording, versions 17 to 25.
@@ -118,7 +122,7 @@ _DOUBTFUL = (
     "communication connection failure",
     "communication shutdown failure",
 )
-_ERROR_LINE = re.compile(r"(?:\S*/)?sbatch: (?:error: |fatal: )?(.*)")
+_ERROR_LINE = re.compile(r"(?:(?:\S*/)?sbatch: (?:error: |fatal: )?|allocation failure: )(.*)")
 _FAILED = "Batch job submission failed: "
 
 
@@ -130,7 +134,7 @@ def refusal(text: str) -> Refusal | None:
     errors = []
     for line in text.splitlines():
         if line.startswith(MARK):
-            return Refusal(line.removeprefix(MARK).strip()[:_SHOWN], for_good=True)
+            return Refusal(line.removeprefix(MARK).strip()[:_SHOWN], for_good=True, is_ours=True)
         match = _ERROR_LINE.fullmatch(line.strip())
         if match:
             errors.append(match[1])

@@ -31,6 +31,7 @@ __all__ = [
     "refusal",
     "script_path",
     "submit_script",
+    "trial_script",
 ]
 
 # Kept: what says which cluster is meant, and the defaults of a person for the job itself.
@@ -62,10 +63,10 @@ _DIRECTIVES = r"""sg_lines=$(sed -n \
   -e 's/[[:space:]]#.*//' -e 's/^#SBATCH//p' "$sg_script")
 sg_wrong=$(printf '%s\n' "$sg_lines" | grep -Eo \
   '(^|[[:space:]])(--(array|wait|clusters?|test-only)([=[:space:]]|$)|-[aMW]|(het|pack)job)' |
-  head -n 1)
+  head -n 1 | tr -d '=[:space:]')
 if [ -n "$sg_wrong" ]; then
-  echo "{mark} bash_file $sg_script has the line #SBATCH $sg_wrong ...: Slurmgate needs one" \
-    "ordinary job of the host's own cluster; take it out" >&2
+  echo "{mark} bash_file $sg_script has #SBATCH $sg_wrong: Slurmgate needs one ordinary" \
+    "job of the host's own cluster; take it out" >&2
   exit 1
 fi
 """
@@ -154,6 +155,25 @@ def submit_script(spec: ServiceSpec, name: str, replica: str, port: int) -> str:
             exports,
             '"$@"\n',
         )
+    )
+
+
+def trial_script(spec: ServiceSpec, *, real: bool = True) -> str:
+    """Shell text that asks Slurm whether it would take the job, and submits nothing.
+
+    ``real``: with the script of the service; else with an empty one, to see about the arguments
+    alone. What it prints to standard error is for ``refusal``; to standard output goes what the
+    script's ``#SBATCH`` lines say.
+    """
+    # First of all the arguments, where none of the others can take it for a value.
+    asked = shlex.join(["sbatch", "--test-only", *spec.sbatch_args, "--job-name=slurmgate-check"])
+    if not real:
+        return f"{_CLEAN}cd\nprintf '#!/bin/sh\\n' | {asked}\n"
+    return (
+        _CLEAN
+        + _FIND.format(script=script_path(spec.bash_file), mark=MARK)
+        + _DIRECTIVES.format(mark=MARK)
+        + f'printf "%s\\n" "$sg_lines"\n{asked} "$sg_script" 1\n'
     )
 
 
