@@ -27,9 +27,11 @@ from slurmgate.control import Control
 from slurmgate.errors import ConfigError, SlurmgateError, StateError
 from slurmgate.files import write_atomic
 from slurmgate.launchers.process import ProcessLauncher
+from slurmgate.launchers.slurm import SlurmLauncher
 from slurmgate.model import Config, GateSpec, LauncherKind
 from slurmgate.reload import Reloader
 from slurmgate.sessions import remembered
+from slurmgate.ssh import Remotes
 from slurmgate.state import StateDir
 
 log = logging.getLogger(__name__)
@@ -66,9 +68,13 @@ def serve(options: BackendOptions) -> int:
         config, error = _initial_config(options, state)
         wishes: queue.SimpleQueue[int] = queue.SimpleQueue()
         _listen_for_signals(wishes)
-        launcher = ProcessLauncher(state)
+        instance = config.instance or state.instance
+        remotes = Remotes()
         control = Control(
-            {LauncherKind.PROCESS: launcher},
+            {
+                LauncherKind.PROCESS: ProcessLauncher(state),
+                LauncherKind.SLURM: SlurmLauncher(state, instance, remotes),
+            },
             time.monotonic,
             epoch(),
             enabled=state.management_enabled,
@@ -81,15 +87,16 @@ def serve(options: BackendOptions) -> int:
             error=error,
         )
         reloader.start()
-        instance = config.instance or state.instance
         sockets = _serve_sockets(state, _applications(state, control, reloader, instance))
         log.info("backend of instance %s serves %d services", instance, len(config.services))
         heard = _wait(wishes, reloader, lambda: state.exists() and not _in_place(sockets))
         log.info("backend stops")
         reloader.close()
         control.close(
-            stop_replicas={LauncherKind.PROCESS: heard, LauncherKind.SLURM: options.stop_jobs}
+            stop_replicas={LauncherKind.PROCESS: heard, LauncherKind.SLURM: options.stop_jobs},
+            keep_ways=not (heard and options.supervised),
         )
+        remotes.close()
     if not heard:
         raise StateError(
             "the sockets were removed while running, so that no gate could reach this backend;"
@@ -145,7 +152,8 @@ def _try_gate(
 ) -> Callable[[], list[str]]:
     """Try a changed gate section; the result puts it in force by an nginx reload."""
     if not options.supervised:
-        return lambda: ["gate: changed; restart the gate to put it in force"]
+        text = nginx.render_for(fresh, state)
+        return lambda: _render_again(text, state)
     notes = []
     if options.listen is not None and fresh.listen != running.listen:
         notes.append(f"gate.listen: changed, but up --listen {options.listen} stays in force")
@@ -168,6 +176,14 @@ def _try_gate(
         return [*notes, "gate: nginx is restarting and will read the new file"]
 
     return commit
+
+
+def _render_again(text: str, state: StateDir) -> list[str]:
+    """Renew what ``render`` wrote for a gate beside this backend: its next start reads it."""
+    conf = nginx.conf_of(state)
+    if conf.exists():
+        nginx.write(text, conf)
+    return ["gate: changed; restart the gate to put it in force"]
 
 
 def _check_gate(spec: GateSpec, before: GateSpec) -> None:

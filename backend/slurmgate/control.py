@@ -161,14 +161,18 @@ class Control:
             self._reported.wait(GATE_LOOK)
         return True
 
-    def close(self, *, stop_replicas: Mapping[LauncherKind, bool]) -> None:
-        """End the loop, then let every launcher end or leave its replicas as said."""
+    def close(self, *, stop_replicas: Mapping[LauncherKind, bool], keep_ways: bool = True) -> None:
+        """End the loop, then let every launcher end or leave its replicas as said.
+
+        Without ``keep_ways`` nothing is left of the ways to those that go on.
+        """
         self._events.put(None)
         self._thread.join(ANSWER_WITHIN)
         for pool in self._pools.values():
             pool.shutdown(wait=False, cancel_futures=True)
         for kind, launcher in self._launchers.items():
-            launcher.close(stop_replicas=stop_replicas.get(kind, False))
+            stop = stop_replicas.get(kind, False)
+            launcher.close(stop_replicas=stop, keep_ways=keep_ways)
 
     def _ask(self, change: Callable[[], None]) -> None:
         """Have the control thread make a change; return once all that follows was decided."""

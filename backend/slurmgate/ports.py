@@ -74,5 +74,8 @@ class Launcher(Protocol):
     def strangers(self) -> tuple[Stranger, ...]:
         """Jobs of this instance that have another owner, as last listed."""
 
-    def close(self, *, stop_replicas: bool) -> None:
-        """Stop watching; with ``stop_replicas`` end every replica first, in parallel."""
+    def close(self, *, stop_replicas: bool, keep_ways: bool = True) -> None:
+        """Stop watching; with ``stop_replicas`` end every replica first, in parallel.
+
+        Without ``keep_ways`` no gate is left that could use the ways to those which go on.
+        """

@@ -131,7 +131,7 @@ class ProcessLauncher:
         """Processes of other owners are not looked for."""
         return ()
 
-    def close(self, *, stop_replicas: bool) -> None:
+    def close(self, *, stop_replicas: bool, keep_ways: bool = True) -> None:
         """Stop watching; with ``stop_replicas`` every replica is ended before this returns."""
         with self._changed:
             self._closing = True

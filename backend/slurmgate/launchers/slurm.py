@@ -19,7 +19,7 @@ from slurmgate.errors import CannotStart, SlurmgateError, StartRefused
 from slurmgate.launchers import posts
 from slurmgate.launchers.host import Host
 from slurmgate.launchers.jobs import Stage
-from slurmgate.launchers.posts import Post
+from slurmgate.launchers.posts import Moment, Post
 from slurmgate.launchers.site import CONNECT_MAX, SUBMISSION_MAX, Site
 from slurmgate.launchers.slurm_format import JobName
 from slurmgate.launchers.ways import Ways
@@ -176,7 +176,7 @@ class SlurmLauncher:
         }
         return tuple(found.values())
 
-    def close(self, *, stop_replicas: bool) -> None:
+    def close(self, *, stop_replicas: bool, keep_ways: bool = True) -> None:
         """Look after nothing any more; with ``stop_replicas`` every job is cancelled first."""
         self._refusing = True
         sites = self._all_sites()
@@ -185,6 +185,8 @@ class SlurmLauncher:
         self.closing.set()
         for site in sites:
             site.wake()
+        if not keep_ways:
+            self.ways.close_all()
         self.ways.shutdown()
 
     # -- for the sites -----------------------------------------------------------------------
@@ -211,7 +213,7 @@ class SlurmLauncher:
             if spec is None or any(held.service == spec.name for held in self._held.values()):
                 return None
             self._held[name.replica] = _Held(site, spec.name, name.port)
-        return posts.new(spec, name, self._boot, self._clock())
+        return posts.new(spec, name, self._boot, self._moment())
 
     def ended(self, post: Post, end: End, lines: Sequence[str]) -> None:
         """See ``Desk``."""
@@ -252,6 +254,9 @@ class SlurmLauncher:
 
     # -- inside ------------------------------------------------------------------------------
 
+    def _moment(self) -> Moment:
+        return Moment(self._clock(), time.time())
+
     def _all_sites(self) -> list[Site]:
         with self._lock:
             return list(self._sites.values())
@@ -268,15 +273,15 @@ class SlurmLauncher:
 
     def _recorded(self, record: Record, spec: ServiceSpec | None) -> Post | None:
         """Put a replica of an earlier backend where it belongs."""
-        now = self._clock()
-        post = posts.recorded(record, spec, now)
+        at = self._moment()
+        post = posts.recorded(record, spec, at)
         if post is None:
             log.warning("replica %s: its record is not of a job: removed", record.replica)
             self.records.remove(record.replica)
             return None
         site, _ = self._site(post.job.ssh, post.job.setup)
         self._held[record.replica] = _Held(site, record.service, record.port)
-        site.adopt(post, posts.job_of(post, now, CONNECT_MAX + SUBMISSION_MAX))
+        site.adopt(post, posts.job_of(post, at, CONNECT_MAX + SUBMISSION_MAX))
         return post
 
     def _reopen(self, post: Post, site: Site) -> None:
@@ -310,7 +315,7 @@ class SlurmLauncher:
                 port = _counted(spec, mine)
             self._held[replica] = _Held(site, spec.name, port)
         name = JobName(self.instance, self.owner, replica, port, spec.start_hash(), spec.route_name)
-        return posts.new(spec, name, self._boot, self._clock())
+        return posts.new(spec, name, self._boot, self._moment())
 
     def _free_port(self, bounds: tuple[int, int], site: Site) -> int:
         """Choose a port that no replica there has and that was not found taken lately."""

@@ -148,6 +148,11 @@ class Ways:
         """End what an earlier backend left that is not the way to any of these."""
         self._tunnels.sweep(keys)
 
+    def close_all(self) -> None:
+        """End every way; the replicas go on."""
+        for way in tuple(self._ways.values()):
+            self._tunnels.close(way.key)
+
     def shutdown(self) -> None:
         """Look after nothing any more; the tunnels live on."""
         self._tunnels.shutdown()
