@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 pytest.register_assert_rewrite("tests.containers.stacks", "tests.containers.machines")
 
 from tests.containers import machines, stacks  # noqa: E402
-from tests.containers.engine import give  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +19,7 @@ def cluster(tmp_path_factory):
 def stack(tmp_path_factory, cluster):
     """The compose stack with one service on the cluster."""
     folder = tmp_path_factory.mktemp("config")
-    services = {
+    config = {
         "gate": {"listen": "0.0.0.0:8080", "open": True},
         "Services": [
             {
@@ -39,10 +36,8 @@ def stack(tmp_path_factory, cluster):
             }
         ],
     }
-    (folder / "services.json").write_text(json.dumps(services, indent=1))
     folder.chmod(0o755)
-    give(folder)
-    with stacks.running(folder, cluster.keys, cluster.network.name) as made:
+    with stacks.running(folder, config, cluster.keys, cluster.network.name) as made:
         yield made
 
 

@@ -6,6 +6,7 @@ State: the project's containers, network and volume; ``down`` removes them by th
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import subprocess
@@ -25,16 +26,20 @@ FILES = (ROOT / "docker-compose.yml", Path(__file__).with_name("compose.cluster.
 
 
 class Stack:
-    """Made by ``running``. ``url`` is the port published on loopback."""
+    """Made by ``running``. ``config`` is what services.json says; ``configure`` writes it. ``url``
+    is the port published on loopback.
+    """
 
-    def __init__(self, config: Path, keys: Path, network: str) -> None:
+    def __init__(self, folder: Path, config: dict[str, Any], keys: Path, network: str) -> None:
+        self.config = config
+        self._folder = folder
         self.project = f"slurmgate-test-{secrets.token_hex(4)}"
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._client: Any = DockerClient().client
         self._env = {
             **os.environ,
-            "SLURMGATE_CONFIG_DIR": str(config),
+            "SLURMGATE_CONFIG_DIR": str(folder),
             "SLURMGATE_SSH_DIR": str(keys),
             "SLURMGATE_PORT": str(self.port),
             "TEST_CLUSTER_NETWORK": network,
@@ -56,8 +61,15 @@ class Stack:
         assert done.returncode == 0, f"{args}: {done.stdout}{done.stderr}"
         return done.stdout
 
+    def configure(self) -> None:
+        """Put the configuration into the mounted folder as editors do, by renaming."""
+        fresh = self._folder / "services.json.new"
+        fresh.write_text(json.dumps(self.config, indent=1))
+        fresh.rename(self._folder / "services.json")
+
     def up(self) -> None:
         """Start it; returns when both containers are healthy."""
+        self.configure()
         self.compose("up", "-d", "--no-build")
         self.wait_until_healthy()
 
@@ -107,9 +119,9 @@ class Stack:
 
 
 @contextlib.contextmanager
-def running(config: Path, keys: Path, network: str) -> Iterator[Stack]:
+def running(folder: Path, config: dict[str, Any], keys: Path, network: str) -> Iterator[Stack]:
     """A stack that is up and healthy; removed at the end, also when it did not come up."""
-    stack = Stack(config, keys, network)
+    stack = Stack(folder, config, keys, network)
     try:
         stack.up()
         yield stack

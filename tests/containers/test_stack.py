@@ -61,6 +61,19 @@ def test_the_gate_answers_on_the_published_port(stack):
     assert [s["name"] for s in stack.get("/info").json()["services"]] == ["Teller"]
 
 
+def test_a_changed_gate_section_is_in_force_after_a_restart_of_the_gate(stack):
+    def rendered() -> bool:
+        conf = stack.run("gate", "cat", "/var/lib/slurmgate/nginx/nginx.conf")
+        return "client_max_body_size 1000;" in conf
+
+    stack.config["gate"]["max_body"] = 1000
+    stack.configure()
+    until(rendered)
+    stack.compose("restart", "gate")
+    stack.wait_until_healthy()
+    assert httpx.post(f"{stack.url}/teller/large", content=bytes(1001)).status_code == 413
+
+
 def test_check_finds_everything_in_place(stack):
     assert "no errors" in stack.run("backend", "slurmgate", "check", "--connect")
 
