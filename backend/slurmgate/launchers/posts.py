@@ -1,18 +1,25 @@
-"""What stands beside a replica's job: its record, its name, what it was started from. Mostly pure.
+"""What stands beside a replica's job: its record, its name, what it was started from. Pure.
 
 A ``Post`` is owned by a site and changed with its lock held. Times of records are the wall clock,
-those of jobs the monotonic clock; a post knows one moment on both.
+those of jobs the monotonic clock; a post knows one moment on both, and ``Moment`` is the present.
 """
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, replace
 
 from slurmgate.launchers.jobs import Job, Stage
 from slurmgate.launchers.slurm_format import JobName
 from slurmgate.model import LauncherKind, Phase, ServiceSpec, Sighting
 from slurmgate.records import JobRecord, Record
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """The same moment on the monotonic and on the wall clock."""
+
+    now: float
+    wall: float
 
 
 @dataclass(slots=True)
@@ -42,9 +49,8 @@ class Post:
         return self.record.job
 
 
-def new(spec: ServiceSpec, name: JobName, boot: str, now: float) -> Post:
+def new(spec: ServiceSpec, name: JobName, boot: str, at: Moment) -> Post:
     """Make the post of a replica that is about to be submitted, or was found without a record."""
-    wall = time.time()
     local = None
     if spec.local_port is not None:
         local = (spec.local_host or "127.0.0.1", spec.local_port)
@@ -54,7 +60,7 @@ def new(spec: ServiceSpec, name: JobName, boot: str, now: float) -> Post:
         launcher=LauncherKind.SLURM,
         start_hash=name.start_hash,
         port=name.port,
-        created=wall,
+        created=at.wall,
         log="",
         boot=boot,
         job=JobRecord(
@@ -62,14 +68,14 @@ def new(spec: ServiceSpec, name: JobName, boot: str, now: float) -> Post:
             ssh=spec.ssh,
             setup=spec.remote_setup,
             tunnel=spec.tunnel,
-            submitted=wall,
+            submitted=at.wall,
             local=local,
         ),
     )
-    return Post(record, name, now, spec, fixed=spec.remote_port is not None)
+    return Post(record, name, at.now, spec, fixed=spec.remote_port is not None)
 
 
-def recorded(record: Record, spec: ServiceSpec | None, now: float) -> Post | None:
+def recorded(record: Record, spec: ServiceSpec | None, at: Moment) -> Post | None:
     """Make the post of a replica of an earlier backend; None when its record is none of ours.
 
     ``spec`` is that of its service now; only an unchanged one can be submitted again.
@@ -82,7 +88,7 @@ def recorded(record: Record, spec: ServiceSpec | None, now: float) -> Post | Non
     return Post(
         record,
         name,
-        created=now - max(0.0, time.time() - record.created),
+        created=at.now - max(0.0, at.wall - record.created),
         spec=spec if same else None,
         fixed=spec is not None and spec.remote_port is not None,
         address=None if job.address is None else (job.gen, job.address),
@@ -90,8 +96,9 @@ def recorded(record: Record, spec: ServiceSpec | None, now: float) -> Post | Non
     )
 
 
-def job_of(post: Post, now: float, submission_max: float) -> Job:
+def job_of(post: Post, at: Moment, submission_max: float) -> Job:
     """Say what an earlier backend knew of a job. A submission of its may still be on its way."""
+    now = at.now
     known = post.job
     running_at = None if known.running is None else _monotonic(post, known.running)
     job = Job(
@@ -106,7 +113,7 @@ def job_of(post: Post, now: float, submission_max: float) -> Job:
         started=known.started,
     )
     if known.job_id is None:
-        sent = min(submission_max, max(0.0, submission_max - (time.time() - known.submitted)))
+        sent = min(submission_max, max(0.0, submission_max - (at.wall - known.submitted)))
         reason = "submission not confirmed: the backend was restarted"
         return replace(job, stage=Stage.UNSURE, overdue_at=now + sent, reason=reason)
     if known.node is None:

@@ -20,7 +20,7 @@ from slurmgate.errors import CannotStart, SlurmgateError, StartRefused
 from slurmgate.launchers import jobs, posts
 from slurmgate.launchers.host import SUBMIT, Doubt, Host, Inquiry, Listed, Listing
 from slurmgate.launchers.jobs import Answer, Job, Row, Stage
-from slurmgate.launchers.posts import Post
+from slurmgate.launchers.posts import Moment, Post
 from slurmgate.launchers.roster import Change, Roster
 from slurmgate.launchers.slurm_format import JobName
 from slurmgate.launchers.slurm_submit import Refusal, Submitted
@@ -570,5 +570,5 @@ class Site:
         ids, now = [row.job_id for row in rows], self._clock()
         log.info("%s: adopted job %s, %s, which has no record", self.name, ids, post.name)
         self._posts[post.replica] = post
-        self._roster.add(posts.job_of(post, now, 0.0))
+        self._roster.add(posts.job_of(post, Moment(now, time.time()), 0.0))
         self._fold(post.replica, lambda job: jobs.listed(job, rows, began, now))
