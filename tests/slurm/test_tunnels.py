@@ -21,7 +21,7 @@ import pytest
 from slurmgate import openssh, procfs
 from slurmgate.errors import CannotStart, SlurmgateError
 from slurmgate.model import SshSpec
-from slurmgate.tunnels import Route, Tunnels
+from slurmgate.tunnels import Route, Tunnels, link
 from slurmgate.tunnels.routes import MARK
 from tests.slurm.sshd import HOST, Sshd, free_port
 from tests.waiting import until
@@ -289,6 +289,38 @@ def test_the_next_backend_takes_over_child_and_stream(bench, shared_sshd, servic
     until(lambda: not bench.processes() and not list(bench.sockets.iterdir()))
 
 
+def test_many_tunnels_open_at_once_and_none_is_dropped_by_sshd(bench, shared_sshd, service):
+    tunnels, observer = bench.backend()
+    keys = [f"many{n}.1" for n in range(24)]
+    for key in keys:
+        tunnels.open(key, Route(shared_sshd.ssh, HOST, service))
+    until(lambda: all(tunnels.is_open(key) for key in keys), 60)
+    assert {kind for kind, _, _ in observer.told} == {"opened"}
+    for key in keys:
+        tunnels.close(key)
+    until(lambda: not bench.processes() and not list(bench.sockets.iterdir()))
+
+
+def test_of_two_children_left_of_one_tunnel_the_newer_is_taken_over(bench, shared_sshd, service):
+    """A backend that dies while it replaces a frozen ssh leaves both."""
+    route = Route(shared_sshd.ssh, HOST, service)
+    before, observer = bench.backend()
+    endpoint = before.open(KEY, route)
+    until(lambda: before.is_open(KEY))
+    (frozen,) = bench.children()
+    os.kill(frozen, signal.SIGSTOP)
+    before.reopen(KEY)
+    until(lambda: len(observer.of("opened")) == 2)
+    before.shutdown()
+    assert frozen in bench.children()
+    (newer,) = set(bench.children()) - {frozen}
+    after, _ = bench.backend()
+    after.open(KEY, route)
+    until(lambda: after.is_open(KEY))
+    assert get(endpoint) == b"hello"
+    until(lambda: bench.children() == [newer])
+
+
 def test_a_child_left_with_another_command_is_replaced(bench, shared_sshd, service):
     before, _ = bench.backend()
     before.open(KEY, Route(shared_sshd.ssh, HOST, free_port()))
@@ -411,7 +443,10 @@ def test_a_local_port_leads_to_the_service(bench, shared_sshd, service):
     until(lambda: not bench.processes() and not list(bench.sockets.iterdir()))
 
 
-def test_a_local_port_that_is_taken_is_told_and_harms_nothing(bench, shared_sshd, service):
+def test_a_local_port_that_is_taken_is_told_and_harms_nothing(
+    bench, shared_sshd, service, monkeypatch
+):
+    monkeypatch.setattr(link, "LISTEN_AGAIN", 0.2)
     route = Route(shared_sshd.ssh, HOST, service)
     with socket.create_server((HOST, 0)) as taken:
         port = taken.getsockname()[1]
@@ -421,6 +456,8 @@ def test_a_local_port_that_is_taken_is_told_and_harms_nothing(bench, shared_sshd
         (text,) = until(lambda: observer.of("notice"))
         assert text == f"local_port {HOST}:{port}: Address already in use"
         until(works(endpoint))
+    until(lambda: observer.of("notice") == [text, ""])
+    until(lambda: answers(port))
     assert not observer.of("lost") + observer.of("hopeless")
 
 
@@ -530,9 +567,8 @@ class Master:
 
     def __init__(self, sshd: Sshd, path: Path) -> None:
         self.ssh = replace(sshd.ssh, control_path=path)
-        argv = ["ssh", *openssh.options(sshd.ssh), "-M", "-S", str(path), "-N"]
         # The first value counts: our own options say that there is no master.
-        argv[1:1] = ["-o", "ControlMaster=yes"]
+        argv = ["ssh", "-M", "-S", str(path), *openssh.options(sshd.ssh), "-N"]
         self.process = subprocess.Popen([*argv, "--", openssh.destination(sshd.ssh)])
         until(path.exists)
 

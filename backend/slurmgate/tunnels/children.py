@@ -109,7 +109,12 @@ def start(loop: Loop, command: Command, on_exit: OnExit) -> Child:
         os.close(fd)
     # Whoever has the pidfd waits for the process: this object must neither poll nor complain.
     started.returncode = 0
-    pidfd = os.pidfd_open(started.pid)  # not reaped yet, so it is this very process
+    try:
+        pidfd = os.pidfd_open(started.pid)  # not reaped yet, so it is this very process
+    except OSError:  # too many open files: do not leave it to itself
+        os.kill(started.pid, signal.SIGKILL)
+        os.waitpid(started.pid, 0)
+        raise
     process = procfs.read(started.pid)
     assert process is not None
     return Child(loop, command, process, pidfd, on_exit)
@@ -148,7 +153,6 @@ class Log:
     """What an ssh prints, read as it comes; the file is kept small."""
 
     _MAX = 256 << 10
-    _KEPT = 200
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -179,7 +183,7 @@ class Log:
             self._rest = b""
         if self._offset >= self._MAX:
             os.truncate(self._path, 0)
-            self._offset = 0
+            self.restart()
         return [line.decode(errors="replace").rstrip("\r") for line in lines]
 
 

@@ -10,6 +10,7 @@ import socket
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from slurmgate.tunnels import children, listeners
@@ -18,6 +19,7 @@ from slurmgate.tunnels.loop import Loop, Timer
 from slurmgate.tunnels.routes import Address, Command
 from slurmgate.tunnels.stderr import Finding, Meaning, Place, connection_failed, ended
 from slurmgate.tunnels.tellers import Teller
+from slurmgate.tunnels.turns import Turn
 
 _POLL = (0.01, 0.25)  # while opening; in between a twentieth of the time it takes
 _OPENING_MAX = 60.0
@@ -34,24 +36,30 @@ def backoff(failures: int) -> float:
     return 0.0 if failures <= 1 else min(15.0, 0.5 * 2.0 ** min(failures - 2, 8))
 
 
+@dataclass(frozen=True, slots=True)
+class Means:
+    """What a link needs: its thread, its command, and whom it deals with."""
+
+    loop: Loop
+    teller: Teller
+    command: Command
+    place: Place
+    turn: Turn
+    prepare: Prepare | None
+
+
 class Link(ABC):
     """The ssh of one key and kind."""
 
-    def __init__(
-        self,
-        loop: Loop,
-        teller: Teller,
-        command: Command,
-        place: Place,
-        prepare: Prepare | None = None,
-    ) -> None:
-        self.command = command
+    def __init__(self, means: Means) -> None:
+        self.command = means.command
         self.is_open = False
-        self._loop = loop
-        self._teller = teller
-        self._place = place
-        self._prepare = prepare
-        self._log = Log(command.log)
+        self._loop = means.loop
+        self._teller = means.teller
+        self._place = means.place
+        self._turn = means.turn
+        self._prepare = means.prepare
+        self._log = Log(means.command.log)
         self._child: Child | None = None
         self._timer: Timer | None = None
         self._began = 0.0
@@ -92,7 +100,7 @@ class Link(ABC):
         if child is not None and not self.is_open:
             self._child = child
             return
-        self.is_open = False
+        self._is_open_no_more()
         if child is None:
             self._begin()
         else:
@@ -100,9 +108,8 @@ class Link(ABC):
 
     def close(self, then: Callable[[], None] | None = None) -> None:
         """End the ssh for good; ``then`` is called when it has ended."""
-        self._closed = True
+        self._stop()
         self.is_open = False
-        self._cancel_timer()
         self._clean()
         self.command.log.unlink(missing_ok=True)
         child, self._child = self._child, None
@@ -113,8 +120,7 @@ class Link(ABC):
 
     def let_go(self) -> None:
         """Look after it no more and let the ssh run."""
-        self._closed = True
-        self._cancel_timer()
+        self._stop()
         if self._child is not None:
             self._child.let_go()
             self._child = None
@@ -139,7 +145,9 @@ class Link(ABC):
         self._cancel_timer()
         if self._closed or self._child is not None:
             return
-        self._began = time.monotonic()
+        self._turn.take(self._log_in)
+
+    def _log_in(self) -> None:
         if self._prepare is None:
             self._spawn(None)
         else:
@@ -151,12 +159,12 @@ class Link(ABC):
         if hindrance is not None:
             self._failed(hindrance)
             return
-        self._clean()
         self._log.restart()
         try:
+            self._clean()
             self._child = children.start(self._loop, self.command, self._exited)
         except OSError as error:
-            self._failed(Finding(Meaning.OTHER, f"ssh cannot be started: {error.strerror}"))
+            self._failed(Finding(Meaning.OTHER, f"ssh cannot be started: {error}"))
             return
         self._began = time.monotonic()
         self._poll()
@@ -179,8 +187,8 @@ class Link(ABC):
 
     def _opened(self) -> None:
         self._cancel_timer()
-        if self._child is not None:
-            self._log.new_lines()  # banners
+        self._turn.leave()
+        self._log.new_lines()  # banners
         self.is_open = True
         self._opened_at = time.monotonic()
         self._teller.opened()
@@ -194,13 +202,22 @@ class Link(ABC):
         self._failed(ended(lines, self._place, words))
 
     def _failed(self, found: Finding) -> None:
-        now = time.monotonic()
-        if self.is_open and self._opened_at is not None and now - self._opened_at >= _STEADY:
-            self._failures = 0
+        self._turn.leave()
+        self._is_open_no_more()
         self._failures += 1
-        self.is_open = False
         self._teller.failed(found)
         self._timer = self._loop.after(self._delay(found), self._begin)
+
+    def _is_open_no_more(self) -> None:
+        if self.is_open and self._opened_at is not None:
+            if time.monotonic() - self._opened_at >= _STEADY:
+                self._failures = 0
+        self.is_open = False
+
+    def _stop(self) -> None:
+        self._closed = True
+        self._turn.leave()
+        self._cancel_timer()
 
     def _cancel_timer(self) -> None:
         if self._timer is not None:
@@ -211,16 +228,8 @@ class Link(ABC):
 class UnixLink(Link):
     """The tunnel of a replica: what nginx dials."""
 
-    def __init__(
-        self,
-        loop: Loop,
-        teller: Teller,
-        command: Command,
-        place: Place,
-        prepare: Prepare | None,
-        path: Path,
-    ) -> None:
-        super().__init__(loop, teller, command, place, prepare)
+    def __init__(self, means: Means, path: Path) -> None:
+        super().__init__(means)
         self._socket = path
 
     def _accepts(self, child: Child) -> bool:
@@ -242,16 +251,8 @@ class UnixLink(Link):
 class LocalLink(Link):
     """The listener of a ``local_port``."""
 
-    def __init__(
-        self,
-        loop: Loop,
-        teller: Teller,
-        command: Command,
-        place: Place,
-        prepare: Prepare | None,
-        address: Address,
-    ) -> None:
-        super().__init__(loop, teller, command, place, prepare)
+    def __init__(self, means: Means, address: Address) -> None:
+        super().__init__(means)
         self._address = address
 
     def _accepts(self, child: Child) -> bool:

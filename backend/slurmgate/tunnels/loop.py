@@ -45,7 +45,7 @@ class Loop:
         self._calls: queue.SimpleQueue[Work] = queue.SimpleQueue()
         self._selector = selectors.DefaultSelector()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._selector.register(self._wake, selectors.EVENT_READ, None)
+        self._selector.register(self._wake, selectors.EVENT_READ, self._do_calls)
         self._wake_lock = threading.Lock()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -80,23 +80,23 @@ class Loop:
     def _run(self) -> None:
         while not self._closed:
             for key, _ in self._selector.select(self._time_left()):
-                if key.data is not None:
+                if self._closed:
+                    return
+                # What was called before may have closed this one, and opened another as the same.
+                if self._selector.get_map().get(key.fd) is key:
                     self._guard(key.data)
-                    continue
-                with contextlib.suppress(BlockingIOError):
-                    os.eventfd_read(self._wake)
-                self._do_calls()
-            if not self._closed:
-                self._do_timers()
+            self._do_timers()
 
     def _do_calls(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._wake)
         with contextlib.suppress(queue.Empty):
             while not self._closed:
                 self._guard(self._calls.get_nowait())
 
     def _do_timers(self) -> None:
         now = time.monotonic()
-        while self._timers and self._timers[0].at <= now:
+        while not self._closed and self._timers and self._timers[0].at <= now:
             work = heapq.heappop(self._timers).work
             if work is not None:
                 self._guard(work)

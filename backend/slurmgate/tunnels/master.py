@@ -105,12 +105,9 @@ class MasterLink:
 
     def _master(self, operation: str) -> Finding | None:
         """Ask the master; give what it said when it did not do it."""
-        argv = openssh.master(self._ssh, operation, "-o", "StreamLocalBindMask=0177")
-        split = argv.index("--")
-        argv[split:split] = ["-L", self._forward]
         try:
             result = subprocess.run(
-                argv,
+                openssh.master(self._ssh, operation, "-L", self._forward),
                 env=environment(),
                 stdin=subprocess.DEVNULL,
                 capture_output=True,

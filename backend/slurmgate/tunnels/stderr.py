@@ -35,7 +35,8 @@ _BIND = re.compile(r"^bind \[[^\]]*\]:\d+: (.+)$", re.MULTILINE)
 _ADDRESS = re.compile(r"getaddrinfo\((.+)\): (.+)$", re.MULTILINE)
 _CONNECT = re.compile(r"^ssh: (?:connect to host|Could not resolve hostname) .+$", re.MULTILINE)
 _SAYS_LITTLE = re.compile(
-    r"UNKNOWN port 65535|Could not request local forwarding|stdio forwarding failed|^\s*$|^@+$"
+    r"UNKNOWN port 65535|Could not request local forwarding|stdio forwarding failed"
+    r"|^muxclient: master|^\s*$|^@+$"
 )
 
 

@@ -7,7 +7,7 @@ calls into its queue or read single values, and return at once.
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
@@ -15,13 +15,15 @@ from pathlib import Path
 from slurmgate.errors import CannotStart
 from slurmgate.tunnels import children, routes
 from slurmgate.tunnels.children import Found
-from slurmgate.tunnels.link import LocalLink, UnixLink
+from slurmgate.tunnels.link import LocalLink, Means, UnixLink
 from slurmgate.tunnels.loop import Loop
 from slurmgate.tunnels.master import MasterLink
 from slurmgate.tunnels.observer import TunnelObserver
 from slurmgate.tunnels.pins import Pins, Runner
 from slurmgate.tunnels.routes import Address, Command, Folders, Kind, Route
+from slurmgate.tunnels.stderr import Place
 from slurmgate.tunnels.tellers import PortTeller, ReplicaTeller, Teller
+from slurmgate.tunnels.turns import Turn, Turns
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +56,7 @@ class Tunnels:
         self._ports: dict[Address, str] = {}
         self._leaving: Counter[Address] = Counter()
         self._next: dict[Address, Callable[[], None]] = {}
+        self._turns: defaultdict[Address, Turns] = defaultdict(Turns)
         self._loop = Loop("tunnels")
         self._pins = Pins(self._loop, self._folders, remotes)
         self._loop.call(self._look_around)
@@ -135,7 +138,7 @@ class Tunnels:
             forward = routes.forward(path, route, None)
             link = MasterLink(self._loop, teller, route.ssh, forward, place, path)
         else:
-            link = UnixLink(self._loop, teller, command, place, self._prepare(route), path)
+            link = UnixLink(self._means(route, teller, command, place), path)
         if self._known(name, link):
             return
         self._close(name, found_too=False)
@@ -146,13 +149,13 @@ class Tunnels:
     def _listen(self, key: str, route: Route, address: Address, command: Command) -> None:
         name = (key, Kind.LOCAL)
         place = routes.place(self._folders, route)
-        teller: Teller = PortTeller(self._observer, key, address)
-        forward = routes.forward(self._folders.socket(key), route, address)
+        teller = PortTeller(self._observer, key, address)
         link: AnyLink
         if route.by_master:
+            forward = routes.forward(self._folders.socket(key), route, address)
             link = MasterLink(self._loop, teller, route.ssh, forward, place, None)
         else:
-            link = LocalLink(self._loop, teller, command, place, self._prepare(route), address)
+            link = LocalLink(self._means(route, teller, command, place), address)
         if self._known(name, link):
             return
         self._close(name, found_too=False)
@@ -167,13 +170,15 @@ class Tunnels:
         else:
             link.start(chosen)
 
+    def _means(self, route: Route, teller: Teller, command: Command, place: Place) -> Means:
+        turn = Turn(self._turns[(route.ssh.host, route.ssh.port)])
+        prepare = partial(self._pins.prepare, route) if route.loopback else None
+        return Means(self._loop, teller, command, place, turn, prepare)
+
     def _known(self, name: Name, link: AnyLink) -> bool:
         """Whether this very tunnel is looked after already."""
         known = self._links.get(name)
         return known is not None and known.command == link.command
-
-    def _prepare(self, route: Route) -> Callable[..., None] | None:
-        return partial(self._pins.prepare, route) if route.loopback else None
 
     def _choose(self, name: Name, command: Command, address: Address | None = None) -> Found | None:
         """Pick the ssh to take over, the newest that runs this command, and end all others.
