@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from slurmgate import config
+from tests.lab.daemon import answers
 from tests.lab.lab import Lab
 from tests.slurm.product import ClusterProduct, ask, serving
 from tests.up.product import free_port
@@ -66,6 +67,7 @@ def test_the_original_systems_file_works_unchanged(product: ClusterProduct):
         assert answer.status_code == 200
         assert answer.headers["X-Slurmgate-Service"] == "LLM"
         assert float(answer.headers["X-Slurmgate-Waited"]) > 0
+        until(lambda: answers("127.0.0.1", entry["local_port"]))
         direct = httpx.get(f"http://127.0.0.1:{entry['local_port']}/health")
         assert direct.status_code == 200
         product.until_state("cold", "LLM", 30)
@@ -139,8 +141,8 @@ def test_a_hundred_parallel_cold_requests_make_one_job(product: ClusterProduct):
     product.job()
     product.up()
     with concurrent.futures.ThreadPoolExecutor(100) as pool:
-        answers = list(pool.map(lambda _: product.get("/probe/pid"), range(100)))
-    assert {answer.status_code for answer in answers} == {200}
+        got = list(pool.map(lambda _: product.get("/probe/pid"), range(100)))
+    assert {answer.status_code for answer in got} == {200}
     assert len(product.submitted()) == 1
 
 
