@@ -34,6 +34,7 @@ _HINTS = (
         "does not exist",
         "copy it there, or correct the path: it begins in the home there, or with /",
     ),
+    ("accounting/qos policy", "squeue -u ... and your limits show what counts: ask for less"),
     (
         "account",
         "name one of your accounts with --account=...: sacctmgr show associations user=...",
@@ -45,7 +46,7 @@ _HINTS = (
     ("constraint", "name features that nodes have: sinfo -o '%P %f'"),
     ("feature", "name features that nodes have: sinfo -o '%P %f'"),
     ("memory", "ask for what a node has: sinfo -o '%P %m'"),
-    ("node", "ask for what the nodes have: sinfo -N -l"),
+    ("node", "ask for what the nodes have, and see whether they are up: sinfo -N -l"),
     ("option", "sbatch --help lists those of this version"),
 )
 

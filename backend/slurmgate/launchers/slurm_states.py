@@ -206,7 +206,7 @@ def waiting_for(reason: str | None) -> Waiting | None:
         return None
     word = re.split(r"[,\s]", shown, maxsplit=1)[0]
     if _HELD.search(shown):
-        return Waiting(f"{shown} (the job failed to start and is held)", forever=True)
+        return Waiting(f"{shown} (it is back in the queue, and held)", forever=True)
     if _BARRED.search(shown):
         return Waiting(shown, forever=True)
     if word in _FOREVER:
