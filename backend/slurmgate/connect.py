@@ -163,14 +163,15 @@ def _all_good(findings: Sequence[Finding]) -> bool:
 
 
 def _trouble(group: _Group, error: SlurmgateError) -> str:
+    said = _shown(str(error))
     match error:
         case HostRefused():
-            return str(error)
+            return said
         case HostAway():
-            return f"{error}; is the host up, and are its name and port right?"
+            return f"{said}; is the host up, and are its name and port right?"
         case _:
             return (
-                f"{error}: {group.host} did not finish a command within {_PATIENCE:.0f} s; "
+                f"{said}: {group.host} did not finish a command within {_PATIENCE:.0f} s; "
                 "try it there by hand"
             )
 
