@@ -383,6 +383,15 @@ class Cluster(RuleBasedStateMachine):
 
     @precondition(lambda self: not self.frozen)
     @rule(data=st.data())
+    def second_job_of_a_name_appears(self, data: st.DataObject) -> None:
+        """However that came about."""
+        sure = sorted(job.replica for job in self.backend.roster if job.job_id is not None)
+        if sure:
+            job_id = str(next(self.ids))
+            self.slurm[job_id] = SlurmJob(job_id, data.draw(st.sampled_from(sure)))
+
+    @precondition(lambda self: not self.frozen)
+    @rule(data=st.data())
     def job_is_requeued(self, data: st.DataObject) -> None:
         job = self.some(data, Standing.RUNNING, Standing.SUSPENDED, Standing.COMPLETING)
         if job is not None:
