@@ -150,7 +150,7 @@ def status_table(info: dict[str, Any]) -> str:
     ]
     for service in info["services"]:
         stops = service["stops_in_s"]
-        replicas = [f"{r['id']} {r['state']}" for r in service["replicas"]]
+        replicas = [_replica(r) for r in service["replicas"]]
         rows.append(
             (
                 service["name"],
@@ -168,6 +168,8 @@ def status_table(info: dict[str, Any]) -> str:
     for service in info["services"]:
         if service["reason"]:
             lines.append(f"{service['name']}: {service['reason']}")
+        notices = [r["notice"] for r in service["replicas"] if r["notice"]]
+        lines += [f"{service['name']}: {notice}" for notice in notices]
     for job in info["strangers"]:
         lines.append(
             f"job {job['job_id']} on {job['host']} ({job['service']}, {job['state']}) belongs to"
@@ -178,6 +180,17 @@ def status_table(info: dict[str, Any]) -> str:
     if info["config"]["error"]:
         lines.append(f"configuration refused:\n{info['config']['error']}")
     return "\n".join(lines)
+
+
+def _replica(replica: dict[str, Any]) -> str:
+    """Name a replica, and of a Slurm job where it is or when Slurm expects to start it."""
+    name = f"{replica['id']} {replica['state']}"
+    if replica["job_id"] is None:
+        return name
+    starts = replica["starts_in_s"]
+    where = f" on {replica['node']}" if replica["node"] else ""
+    when = "" if starts is None else f", expected to start in {starts:.0f} s"
+    return f"{name} (job {replica['job_id']}{where}{when})"
 
 
 def _admin(args: argparse.Namespace, path: str) -> dict[str, Any]:
