@@ -8,7 +8,13 @@ import pytest
 
 from slurmgate.commands import status_table
 
-REPLICA = {"id": "k3f9", "state": "ready", "job_id": None, "node": None, "reason": None}
+REPLICA: dict[str, Any] = {
+    "id": "k3f9",
+    "state": "ready",
+    "job_id": None,
+    "node": None,
+    "reason": None,
+}
 REPLICA |= {"since_s": 12.0, "notice": None, "starts_in_s": None, "ends_in_s": None}
 
 
