@@ -13,6 +13,7 @@ class Handler(BaseHTTPRequestHandler):
     """Answers every path; what was sent comes back as ``body``."""
 
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # an answer is sent at once: none is half sent when a tunnel is killed
 
     def do_GET(self) -> None:
         self._answer("")
