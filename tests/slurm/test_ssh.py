@@ -6,6 +6,7 @@ import contextlib
 import os
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import threading
@@ -106,6 +107,12 @@ def spec(request, tmp_path):
             yield through
 
 
+def test_a_setup_that_sends_its_errors_away_does_no_harm(remotes, spec):
+    setup = ("echo noise >&2", "exec 2>/dev/null")
+    got = remotes.run(spec, "echo out; echo err >&2", setup=setup, timeout=10)
+    assert (got.code, got.out, got.err) == (0, "out\n", "")
+
+
 @contextlib.contextmanager
 def master(sshd: Sshd, control: Path):
     argv = ["ssh", "-M", "-S", str(control), *openssh.options(sshd.ssh), "-N"]
@@ -116,6 +123,19 @@ def master(sshd: Sshd, control: Path):
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_frozen_master_is_away(remotes, tmp_path):
+    with host(tmp_path / "login") as sshd, master(sshd, tmp_path / "control") as spec:
+        number = next(p.pid for p in procfs.processes() if _runs(p.pid, tmp_path / "control"))
+        os.kill(number, signal.SIGSTOP)
+        assert "does not answer" in away(remotes, spec)
+
+
+def _runs(pid: int, control: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return os.fsencode(control) in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
 
 
 def test_a_script_gives_its_output_its_errors_and_its_code(remotes, spec):
@@ -311,6 +331,21 @@ def test_close_ends_commands_and_leaves_no_connection(remotes, login, tmp_path):
             remotes.run(spec, "true", timeout=5)
 
 
+def test_close_ends_commands_on_connections_that_were_given_up_too(remotes, tmp_path):
+    traces = [tmp_path / "first", tmp_path / "second"]
+    with host(tmp_path / "login", config="MaxSessions 1") as sshd, ThreadPoolExecutor(2) as pool:
+        runs = []
+        for trace in traces:
+            script = f"touch {trace}; sleep 1000"
+            runs.append(pool.submit(remotes.run, sshd.ssh, script, timeout=20))
+            until(trace.exists)
+        assert sshd.connections() == 2
+        remotes.close()
+        for run in runs:
+            with pytest.raises(Unfinished, match="was lost"):
+                run.result(timeout=5)
+
+
 def test_close_ends_a_try_to_connect(remotes, login):
     login.pause()
     with ThreadPoolExecutor(1) as pool:
@@ -440,6 +475,17 @@ def test_keys_of_an_agent_are_used(remotes, login, tmp_path, monkeypatch):
     finally:
         agent.kill()
         agent.wait()
+
+
+def test_a_host_that_hangs_up_after_some_keys_asks_for_the_right_one(remotes, tmp_path):
+    folder = tmp_path / "home" / ".ssh"
+    folder.mkdir()
+    for kind in ("rsa", "ecdsa", "ed25519"):
+        make_key(folder / f"id_{kind}", kind)
+    with host(tmp_path / "login", config="MaxAuthTries 2") as sshd:
+        text = refused(remotes, replace(sshd.ssh, key_file=None))
+    assert "hung up after it had refused" in text
+    assert "ssh_key_file" in text
 
 
 def test_a_second_factor_is_refused_with_the_way_to_a_master(remotes, tmp_path):

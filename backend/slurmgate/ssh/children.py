@@ -24,8 +24,8 @@ from slurmgate.ssh.outcome import HostAway, HostRefused, Output, Unfinished
 from slurmgate.ssh.script import Stream
 
 HERE = "this machine"
+CHECK_MAX = 5.0
 
-_CHECK_MAX = 5.0
 _CHUNK = 1 << 16
 _SSH_FAILED = 255
 _FREED_WAIT = 0.2
@@ -56,7 +56,7 @@ def _check_master(ssh: SshSpec) -> None:
         raise HostRefused(str(error)) from error
     try:
         checked = subprocess.run(
-            argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=_CHECK_MAX, check=False
+            argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=CHECK_MAX, check=False
         )
     except subprocess.TimeoutExpired as error:
         raise HostAway(f"the master at {ssh.control_path} does not answer") from error

@@ -61,7 +61,12 @@ class Connection:
     @property
     def usable(self) -> bool:
         """Whether a command may be sent on it, as far as anybody knows."""
-        return self._transport.is_active() and not self._retired
+        return self.open and not self._retired
+
+    @property
+    def open(self) -> bool:
+        """Whether it is connected."""
+        return self._transport.is_active()
 
     def retire(self) -> None:
         """Use it for no further command; closed once nobody uses it."""
@@ -85,11 +90,11 @@ class Connection:
         with self._channel_slot(deadline):
             if self._retired:
                 raise NotSent(f"the connection to {self.where} was given up", refused=True)
-            channel = self._open(task.command, min(deadline, self._clock() + patience))
+            channel = self._open(task.command, deadline, patience)
             try:
                 return self._talk(channel, task)
             finally:
-                channel.close()
+                _close(channel)
 
     @contextlib.contextmanager
     def _channel_slot(self, deadline: float) -> Iterator[None]:
@@ -109,18 +114,19 @@ class Connection:
             if over:
                 self.close()
 
-    def _open(self, command: str, deadline: float) -> paramiko.Channel:
+    def _open(self, command: str, deadline: float, patience: float) -> paramiko.Channel:
+        soon = min(deadline, self._clock() + patience)
         try:
             channel = self._transport.open_session(
-                window_size=_WINDOW, timeout=max(0.1, deadline - self._clock())
+                window_size=_WINDOW, timeout=max(0.1, soon - self._clock())
             )
         except (paramiko.SSHException, EOFError, OSError) as error:
-            raise self._not_sent("did not open a channel", error, deadline) from error
+            raise self._not_sent("did not open a channel", error, soon) from error
         try:
             with self._limit(deadline):
                 channel.exec_command(command)
         except (paramiko.SSHException, EOFError, OSError) as error:
-            channel.close()
+            _close(channel)
             raise self._not_sent("did not start a command", error, deadline) from error
         return channel
 
@@ -195,6 +201,12 @@ class Connection:
         finally:
             watchdog.cancel()
             watchdog.join(_JOIN)
+
+
+def _close(channel: paramiko.Channel) -> None:
+    # It says so to the other side, which may be gone without anybody having noticed.
+    with contextlib.suppress(paramiko.SSHException, EOFError, OSError):
+        channel.close()
 
 
 def close_all(transports: Sequence[paramiko.Transport]) -> None:

@@ -27,8 +27,6 @@ DIAL_MAX = 10.0
 
 _KEEPALIVE = 15
 _DEAD_AFTER_MS = 30_000
-# sshd hangs up after so many refused keys (MaxAuthTries is 6, some have less).
-_MANY_KEYS = 3
 
 
 def describe(ssh: SshSpec) -> str:
@@ -201,12 +199,12 @@ class Dialer:
         self._left()
         if transport.is_active() and isinstance(error, paramiko.AuthenticationException):
             return
-        if len(refused) >= _MANY_KEYS:
+        if refused:  # as sshd does after MaxAuthTries keys
             raise HostRefused(
-                f"{where} hung up after it had refused {len(refused)} keys: {', '.join(refused)};"
-                " name the right one as ssh_key_file"
+                f"{where} hung up after it had refused {', '.join(refused)}:"
+                " give the right key as ssh_key_file"
             ) from error
-        raise HostAway(f"the connection to {where} was lost during login: {error}") from error
+        raise HostAway(f"{where} hung up during login") from error
 
 
 def _tune(sock: socket.socket) -> None:

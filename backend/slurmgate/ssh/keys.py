@@ -85,4 +85,12 @@ def _agent_keys(
         problems.append(f"the ssh-agent does not answer: {error}")
         return []
     stack.callback(agent.close)
-    return [(f"the agent's key {key.comment or key.fingerprint}", key) for key in agent.get_keys()]
+    found: list[tuple[str, paramiko.PKey]] = []
+    for key in agent.get_keys():
+        name = f"the agent's key {key.comment or key.get_name()}"
+        # paramiko drops the connection over a kind of key it does not know: one it could not read.
+        if getattr(key, "inner_key", None) is None:
+            problems.append(f"{name} is of a kind that cannot be used here ({key.get_name()})")
+        else:
+            found.append((name, key))
+    return found

@@ -64,12 +64,11 @@ class Remotes:
         """
         nonce = secrets.token_hex(8)
         stdin = frame(script, setup, nonce)
-        deadline = self._clock() + DIAL_MAX
         if ssh is None or ssh.control_path is not None:
-            return self._run_child(ssh, stdin, nonce, timeout, deadline, login_shell)
+            return self._run_child(ssh, stdin, nonce, timeout, login_shell)
         command = remote_command(timeout, login_shell=login_shell)
         task = Task(command, stdin, nonce, timeout)
-        return self._run_remote(self._host(ssh), task, deadline)
+        return self._run_remote(self._host(ssh), task)
 
     def close(self) -> None:
         """Close every connection; commands under way end as Unfinished, later ones as HostAway."""
@@ -86,13 +85,12 @@ class Remotes:
         stdin: bytes,
         nonce: str,
         timeout: float,
-        deadline: float,
         login: bool,
     ) -> Output:
         with self._lock:
             self._check_open()
             slots = self._local_slots.setdefault(ssh, threading.BoundedSemaphore(CHANNELS_MAX))
-        if not slots.acquire(timeout=max(0.0, deadline - self._clock())):
+        if not slots.acquire(timeout=DIAL_MAX - children.CHECK_MAX):
             where = children.HERE if ssh is None else ssh.host
             raise HostAway(f"{CHANNELS_MAX} commands are under way on {where} already")
         try:
@@ -102,7 +100,8 @@ class Remotes:
         finally:
             slots.release()
 
-    def _run_remote(self, host: _Host, task: Task, deadline: float) -> Output:
+    def _run_remote(self, host: _Host, task: Task) -> Output:
+        deadline = self._clock() + DIAL_MAX
         lost = False
         for _ in range(_REFUSALS_MAX):
             connection, fresh = host.connection(deadline)
@@ -144,6 +143,7 @@ class _Host:
         self._clock = clock
         self._lock = threading.Lock()
         self._connection: Connection | None = None
+        self._dropped: list[Connection] = []
         self._attempt: _Attempt | None = None
         self._error: HostAway | HostRefused | None = None
         self._failures = 0
@@ -176,18 +176,21 @@ class _Host:
         with self._lock:
             if self._connection is connection:
                 self._connection = None
+            # Others may still have a command on it: kept for ``close`` until it is closed.
+            self._dropped = [c for c in (*self._dropped, connection) if c.open]
         connection.retire()
 
     def close(self) -> None:
         """Close the connection and end a try to make one."""
         with self._lock:
             self._closed = True
-            connection, self._connection = self._connection, None
+            left = [c for c in (self._connection, *self._dropped) if c is not None]
+            self._connection, self._dropped = None, []
             attempt = self._attempt
         if attempt is not None:
             attempt.dialer.abort()
             attempt.join(_JOIN)
-        if connection is not None:
+        for connection in left:
             connection.close()
 
     def finished(self, attempt: _Attempt) -> None:

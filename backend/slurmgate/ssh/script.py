@@ -101,7 +101,7 @@ class Stream:
         """Give what the script printed."""
         start = self._begin()
         end = self.data.rfind(f"end-{self.nonce} ".encode())
-        return self.data[max(start, 0) : end if end >= 0 else None].decode(errors="replace")
+        return self.data[start:end].decode(errors="replace") if 0 <= start <= end else ""
 
     def noise(self) -> str:
         """Give the last of what was printed, by the script or, before it began, by others."""
