@@ -71,11 +71,11 @@ def test_an_accepted_submission_is_a_job_that_later_listings_must_show():
 def test_a_submission_that_nobody_confirmed_is_waited_for_then_sent_again_under_the_same_name():
     job = unsure()
     assert look(job, at=NOW + 32) == (job, ())
-    first, effects = look(job, at=NOW + 34)
+    first, effects = look(job, at=NOW + 36)
     assert effects == ()
-    again, effects = look(first, at=NOW + 34.5)
+    again, effects = look(first, at=NOW + 36.5)
     assert (again.stage, effects) == (Stage.UNSURE, ())
-    again, effects = look(first, at=NOW + 37)
+    again, effects = look(first, at=NOW + 38.5)
     assert (again.stage, again.submissions, effects) == (Stage.SENDING, 2, (Submit(),))
 
 
