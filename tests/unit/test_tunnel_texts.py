@@ -70,6 +70,24 @@ def test_a_refused_login_is_hopeless():
     assert found.text == "login1 refused the login: me@login1: Permission denied (publickey)."
 
 
+def test_a_login_refused_on_the_way_names_that_host():
+    found = ended(["me@login1: Permission denied (publickey)."], NODE, "exited")
+    assert found.text.startswith("login1 refused the login")
+    line = "Received disconnect from 10.0.0.1 port 22:2: Too many authentication failures"
+    found = ended([line, "Disconnected from 10.0.0.1 port 22"], PLACE, "exited")
+    assert found.meaning is Meaning.HOPELESS
+    assert found.text.startswith("10.0.0.1 refused the login")
+
+
+def test_the_key_of_the_login_host_is_not_mended_among_the_pins():
+    lines = CHANGED.replace("/state/pins/n1@login1.known", "/home/me/.ssh/known_hosts")
+    text = ended(lines.replace("for n1", "for login1").splitlines(), NODE, "exited").text
+    assert text.startswith("the host key of login1 has changed")
+    assert text.endswith("correct /home/me/.ssh/known_hosts")
+    lines = "No RSA host key is known for login1 and you\nHost key verification failed."
+    assert "add its key to ssh_known_hosts" in ended(lines.splitlines(), NODE, "exited").text
+
+
 def test_a_banner_about_permissions_is_no_refused_login():
     lines = [
         "Permission denied (to strangers) applies here.",

@@ -53,6 +53,7 @@ class MasterLink:
         self._failures = 0
         self._asked = 0
         self._closed = False
+        self._one_at_a_time = threading.Lock()
 
     def start(self, _found: Found | None = None) -> None:
         """Ask the master for the forward; one it does for an earlier backend is made anew."""
@@ -85,7 +86,8 @@ class MasterLink:
             self._path.unlink(missing_ok=True)
 
         def work() -> None:
-            self._master("cancel")
+            with self._one_at_a_time:
+                self._master("cancel")
             if then is not None:
                 self._loop.call(then)
 
@@ -97,11 +99,14 @@ class MasterLink:
         self._cancel_timer()
 
     def _request(self, *, fresh: bool) -> Finding | None:
-        if fresh:
-            self._master("cancel")
-            if self._path is not None:
-                self._path.unlink(missing_ok=True)
-        return self._master("forward")
+        with self._one_at_a_time:
+            if self._closed:
+                return None
+            if fresh:
+                self._master("cancel")
+                if self._path is not None:
+                    self._path.unlink(missing_ok=True)
+            return self._master("forward")
 
     def _master(self, operation: str) -> Finding | None:
         """Ask the master; give what it said when it did not do it."""

@@ -28,8 +28,9 @@ _CHANGED_HOST = re.compile(r"Host key for (\S+) has changed")
 _FINGERPRINT = re.compile(r"^SHA256:[A-Za-z0-9+/]+", re.MULTILINE)
 _OFFENDING = re.compile(r"^Offending \S+ key in (.+):\d+$", re.MULTILINE)
 _UNKNOWN_KEY = re.compile(r"No (\S+) host key is known for (\S+)")
-_DENIED = re.compile(
-    r"^\S+: Permission denied \([^)]*\)\.?$|^.*Too many authentication failures.*$", re.MULTILINE
+_DENIED = re.compile(r"^(?:\S+@)?(\S+): Permission denied \([^)]*\)\.?$", re.MULTILINE)
+_TOO_MANY = re.compile(
+    r"^.*(?:from (\S+) port \d+:\d+: )Too many authentication failures$", re.MULTILINE
 )
 _BIND = re.compile(r"^bind \[[^\]]*\]:\d+: (.+)$", re.MULTILINE)
 _ADDRESS = re.compile(r"getaddrinfo\((.+)\): (.+)$", re.MULTILINE)
@@ -104,7 +105,7 @@ def ended(lines: Sequence[str], place: Place, exit_words: str) -> Finding:
     text = "\n".join(lines)
     return (
         _host_key(text, place)
-        or _denied(text, place)
+        or _denied(text)
         or _cannot_listen(text)
         or _connect(text, lines, place)
         or Finding(Meaning.OTHER, _last_words(lines) or f"ssh {exit_words}")
@@ -119,7 +120,7 @@ def _host_key(text: str, place: Place) -> Finding | None:
         file = _OFFENDING.search(text)
         name = host[1] if host else place.via
         key = shown[0] if shown else "another one"
-        where = place.pins or (file[1] if file else "known_hosts")
+        where = file[1] if file else place.pins or "known_hosts"
         what = f"remove {where}" if place.pins == where else f"correct {where}"
         return Finding(
             Meaning.HOPELESS,
@@ -127,18 +128,19 @@ def _host_key(text: str, place: Place) -> Finding | None:
         )
     unknown = _UNKNOWN_KEY.search(text)
     name, kind = (unknown[2], unknown[1]) if unknown else (place.via, "")
-    what = f"remove {place.pins}" if place.pins else "add its key to ssh_known_hosts"
+    pinned = place.pins is not None and name == place.via
+    what = f"remove {place.pins}" if pinned else "add its key to ssh_known_hosts"
     kind = f"{kind} " if kind else ""
     return Finding(
         Meaning.HOPELESS, f"the {kind}host key of {name} is not known; if it is right, {what}"
     )
 
 
-def _denied(text: str, place: Place) -> Finding | None:
-    match = _DENIED.search(text)
+def _denied(text: str) -> Finding | None:
+    match = _DENIED.search(text) or _TOO_MANY.search(text)
     if match is None:
         return None
-    return Finding(Meaning.HOPELESS, f"{place.via} refused the login: {match[0].strip()}")
+    return Finding(Meaning.HOPELESS, f"{match[1]} refused the login: {match[0].strip()}")
 
 
 def _cannot_listen(text: str) -> Finding | None:
