@@ -7,7 +7,9 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -287,6 +289,56 @@ def test_the_next_backend_takes_over_child_and_stream(bench, shared_sshd, servic
     stream.close()
     after.close(KEY)
     until(lambda: not bench.processes() and not list(bench.sockets.iterdir()))
+
+
+def killed_backend(bench: Bench, route: Route) -> None:
+    """Open a tunnel in a process of its own and kill that without a warning."""
+    program = textwrap.dedent(f"""
+        import signal
+        from pathlib import Path, PosixPath
+        from slurmgate.model import SshSpec
+        from slurmgate.tunnels import Route, Tunnels
+        class Observer:
+            def opened(self, key): print(key, flush=True)
+            def lost(self, key, reason): pass
+        tunnels = Tunnels({OWNER!r}, Path({str(bench.sockets)!r}), Path({str(bench.pins)!r}),
+                          None, Observer())
+        tunnels.open({KEY!r}, {route!r})
+        signal.pause()
+    """)
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as backend:
+        assert backend.stdout is not None
+        assert backend.stdout.readline().decode().strip() == KEY
+        backend.kill()
+
+
+def test_a_child_of_a_killed_backend_is_taken_over_and_looked_after(bench, shared_sshd, service):
+    route = Route(shared_sshd.ssh, HOST, service)
+    killed_backend(bench, route)
+    (pid,) = bench.children()
+    tunnels, observer = bench.backend()
+    endpoint = tunnels.open(KEY, route)
+    until(lambda: tunnels.is_open(KEY))
+    assert get(endpoint) == b"hello"
+    assert bench.children() == [pid]
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: len(observer.of("opened")) == 2)
+    assert get(endpoint) == b"hello"
+    assert observer.of("lost") == [f"the tunnel to {HOST}:{service} is down: ssh has ended"]
+
+
+def test_a_child_of_a_killed_backend_that_froze_is_replaced(bench, shared_sshd, service):
+    route = Route(shared_sshd.ssh, HOST, service)
+    killed_backend(bench, route)
+    (pid,) = bench.children()
+    os.kill(pid, signal.SIGSTOP)
+    tunnels, observer = bench.backend()
+    endpoint = tunnels.open(KEY, route)
+    until(lambda: tunnels.is_open(KEY))
+    tunnels.reopen(KEY)
+    until(lambda: len(observer.of("opened")) == 2)
+    assert get(endpoint) == b"hello"
+    until(lambda: pid not in bench.children())
 
 
 def test_many_tunnels_open_at_once_and_none_is_dropped_by_sshd(bench, shared_sshd, service):
