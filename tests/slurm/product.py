@@ -38,8 +38,9 @@ class ClusterProduct(Product):
             "PROBE_NOTES": str(self.folder / f"notes-{name}"),
             "PROBE_LOAD_S": str(fields.pop("load", 0)),
         }
+        script = fields.pop("bash_file", None) or self.lab.probe_script(bind)
         given = {"env": env, "launcher": "slurm", **self.lab.ssh_fields(), **fields}
-        return self.service(name, fields.pop("bash_file", self.lab.probe_script(bind)), **given)
+        return self.service(name, script, **given)
 
     def live(self, name: str = "probe") -> list[Job]:
         """Jobs of one service in Slurm's own list that have not ended and are not about to."""

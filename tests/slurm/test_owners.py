@@ -63,7 +63,7 @@ def test_jobs_of_another_owner_are_shown_and_taken_over_on_request(gates):
     assert second.info()["state"] == "cold"
     said = second.run("adopt", first.owner).stdout
     assert "1 job" in said
-    second.until_state("ready", seconds=60)
+    second.until_state("ready", seconds=40)
     assert second.replica()["job_id"] == job.id
     assert second.get("/probe/pid").json()["pid"] == pid
     assert len(second.live()) == 1

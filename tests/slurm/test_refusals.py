@@ -43,7 +43,7 @@ def refused(product: ClusterProduct, code: str, *words: str) -> dict[str, Any]:
     assert len(product.submitted()) == tried, "a backoff was to hold it back"
     until(lambda: product.live() == [])
     until(lambda: product.tunnels() == [])
-    assert list((product.state_dir / "replicas").iterdir()) == []
+    until(lambda: list((product.state_dir / "replicas").iterdir()) == [])
     return problem
 
 
@@ -74,9 +74,18 @@ def test_an_unreachable_login_host(product: ClusterProduct):
 
 
 def test_a_login_host_without_sbatch(own_product: ClusterProduct):
-    own_product.lab.sshd_options(env={"PATH": own_product.lab.bare_path()})
+    lab = own_product.lab
+    Path(lab.home, ".bash_profile").write_text(f"PATH={lab.bare_path()}\n")
+    lab.sshd_options(env={"PATH": lab.bare_path()})
     own_product.job()
     refused(own_product, "cannot-start", "not found", "remote_setup")
+
+
+def test_sbatch_that_only_a_login_shell_finds_is_found(own_product: ClusterProduct):
+    own_product.lab.sshd_options(env={"PATH": own_product.lab.bare_path()})
+    own_product.job()
+    own_product.up()
+    assert own_product.get("/probe/pid").status_code == 200
 
 
 def test_a_missing_script(product: ClusterProduct):
