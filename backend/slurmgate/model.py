@@ -107,7 +107,7 @@ class ServiceSpec:
         parts = (
             self.launcher,
             self.bash_file,
-            str(self.folder),
+            str(self.folder) if self.launcher is LauncherKind.PROCESS else None,
             self.remote_port,
             self.port_range,
             sorted(self.env),
