@@ -1,0 +1,489 @@
+"""The Slurm launcher against a real cluster: what it starts, sees, survives and leaves alone."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from slurmgate.errors import CannotStart, StartRefused
+from slurmgate.launchers.slurm import SlurmLauncher
+from slurmgate.launchers.slurm_format import JobName
+from slurmgate.model import End, Fault, Phase, ServiceSpec, Sighting, SshSpec, TunnelMode
+from slurmgate.records import Records
+from slurmgate.ssh import Remotes
+from slurmgate.state import StateDir
+from tests.lab.lab import Lab
+from tests.waiting import until
+
+INSTANCE = "lab"
+
+
+class Ears:
+    """An observer that keeps everything it was told."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.sightings: list[Sighting] = []
+        self.ends: list[tuple[str, End]] = []
+        self.hopeless_ones: dict[str, str] = {}
+        self.listed_ones: set[str] = set()
+
+    def seen(self, sighting: Sighting) -> None:
+        with self.lock:
+            self.sightings.append(sighting)
+
+    def ended(self, replica: str, end: End) -> None:
+        with self.lock:
+            self.ends.append((replica, end))
+
+    def hopeless(self, replica: str, reason: str, code: str = "cannot-start") -> None:
+        self.hopeless_ones[replica] = reason
+
+    def listed(self, services: frozenset[str]) -> None:
+        self.listed_ones |= services
+
+    def last(self, replica: str) -> Sighting | None:
+        with self.lock:
+            return next((s for s in reversed(self.sightings) if s.replica == replica), None)
+
+    def ends_of(self, replica: str) -> list[End]:
+        with self.lock:
+            return [end for name, end in self.ends if name == replica]
+
+    def until_phase(self, replica: str, phase: Phase, seconds: float = 20) -> Sighting:
+        def reached() -> Sighting | None:
+            found = self.last(replica)
+            return found if found is not None and found.phase is phase else None
+
+        reached.__doc__ = f"{replica} {phase}"
+        return until(reached, seconds)
+
+    def until_end(self, replica: str, seconds: float = 20) -> End:
+        until(lambda: self.ends_of(replica), seconds)
+        (end,) = self.ends_of(replica)
+        return end
+
+
+class Backend:
+    """One life of a backend's launcher; ``die`` leaves everything as kill -9 does."""
+
+    def __init__(self, state: StateDir, *specs: ServiceSpec) -> None:
+        self.ears = Ears()
+        self.remotes = Remotes()
+        self.launcher = SlurmLauncher(state, INSTANCE, self.remotes)
+        self.adoption = self.launcher.adopt(specs, self.ears)
+
+    def die(self) -> None:
+        self.launcher.close(stop_replicas=False)
+        self.remotes.close()
+
+
+@pytest.fixture
+def state(tmp_path):
+    return StateDir.open(tmp_path / "state")
+
+
+@pytest.fixture
+def boot(state):
+    """Start backends, one after the other; the last one cancels what is left."""
+    lives: list[Backend] = []
+
+    def start(*specs: ServiceSpec) -> Backend:
+        lives.append(Backend(state, *specs))
+        return lives[-1]
+
+    yield start
+    for life in lives[:-1]:
+        life.die()
+    if lives:
+        lives[-1].launcher.close(stop_replicas=True)
+        lives[-1].remotes.close()
+
+
+def login(lab: Lab) -> SshSpec:
+    fields = lab.ssh_fields()
+    return SshSpec(
+        host=fields["remote_host"],
+        username=fields["ssh_username"],
+        key_file=Path(fields["ssh_key_file"]),
+        port=fields["ssh_port"],
+        known_hosts=Path(fields["ssh_known_hosts"]),
+    )
+
+
+def service(lab: Lab, **changes) -> ServiceSpec:
+    base = ServiceSpec(
+        name="LLM",
+        route_name="llm",
+        api_paths=("/",),
+        bash_file=lab.probe_script("node"),
+        check_health_path="/health",
+        timeout=10.0,
+        folder=Path("/srv"),
+        ssh=login(lab),
+    )
+    return replace(base, **changes)
+
+
+def answers(sighting: Sighting) -> bool:
+    """Ask the service for its health through the endpoint."""
+    endpoint = sighting.endpoint
+    assert endpoint is not None
+    with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+        if endpoint.startswith("unix:"):
+            sock = stack.enter_context(socket.socket(socket.AF_UNIX))
+            sock.settimeout(5)
+            sock.connect(endpoint.removeprefix("unix:"))
+        else:
+            host, _, port = endpoint.rpartition(":")
+            sock = stack.enter_context(socket.create_connection((host, int(port)), 5))
+        sock.sendall(b"GET /health HTTP/1.0\r\n\r\n")
+        return b" 200 " in sock.recv(100)
+    return False
+
+
+def ours(lab: Lab) -> list[str]:
+    return [job.id for job in lab.queue() if job.state != "COMPLETING"]
+
+
+def test_a_job_is_submitted_reached_through_a_tunnel_and_cancelled(lab, boot, state):
+    spec = service(lab)
+    backend = boot(spec)
+    sighting = backend.launcher.launch(spec, "r1")
+    assert sighting.phase in (Phase.PENDING, Phase.RUNNING)
+    assert sighting.job_id is not None
+    reached = backend.ears.until_phase("r1", Phase.STARTING)
+    assert reached.node in lab.nodes
+    assert reached.gen == 1
+    until(lambda: answers(reached))
+    (job,) = lab.queue()
+    name = JobName.parse(job.name)
+    assert name is not None
+    assert (name.instance, name.owner, name.replica) == (INSTANCE, state.owner, "r1")
+
+    backend.launcher.stop("r1")
+    assert backend.ears.until_end("r1").fault is Fault.NOBODY
+    assert not ours(lab)
+    assert Records(state.replicas).read_all() == []
+    until(lambda: not any(state.tunnel_sockets.iterdir()))
+
+
+def test_a_later_backend_adopts_job_and_tunnel(lab, boot, state):
+    spec = service(lab)
+    first = boot(spec)
+    first.launcher.launch(spec, "r1")
+    reached = first.ears.until_phase("r1", Phase.STARTING)
+    until(lambda: answers(reached))
+    first.die()
+
+    second = boot(spec)
+    (adopted,) = second.adoption.sightings
+    assert second.adoption.unlisted == {"LLM"}
+    assert (adopted.phase, adopted.endpoint, adopted.gen, adopted.job_id) == (
+        Phase.STARTING,
+        reached.endpoint,
+        1,
+        reached.job_id,
+    )
+    assert answers(adopted)
+    until(lambda: "LLM" in second.ears.listed_ones)
+    until(lambda: answers(adopted))
+    assert len(ours(lab)) == 1
+    second.launcher.stop("r1")
+    second.ears.until_end("r1")
+
+
+# -- ends --------------------------------------------------------------------------------------
+
+
+def test_a_job_that_fails_says_how_with_its_last_lines(lab, boot):
+    spec = service(lab, bash_file=lab.script("fails.sh", "echo about to fail\nexit 3"))
+    backend = boot(spec)
+    backend.launcher.launch(spec, "r1")
+    end = backend.ears.until_end("r1")
+    assert (end.reason, end.fault) == ("the service exited with code 3", Fault.SERVICE)
+    assert backend.launcher.log_tail("r1", 20) == ["about to fail"]
+
+
+def test_the_output_of_a_running_job_can_be_read(lab, boot):
+    script = lab.script("talks.sh", "echo one\nprintf '\\033[1mtwo\\033[0m\\n'\nexec sleep 600")
+    spec = service(lab, bash_file=script)
+    backend = boot(spec)
+    backend.launcher.launch(spec, "r1")
+    until(lambda: backend.launcher.log_tail("r1", 20) == ["one", "two"])
+    assert backend.launcher.log_tail("r1", 1) == ["two"]
+    assert backend.launcher.log_tail("nobody", 1) == []
+
+
+def test_a_job_cancelled_from_outside_is_nobodys_fault(lab, boot):
+    spec = service(lab)
+    backend = boot(spec)
+    sighting = backend.launcher.launch(spec, "r1")
+    backend.ears.until_phase("r1", Phase.STARTING)
+    lab.run("scancel", str(sighting.job_id))
+    end = backend.ears.until_end("r1", 40)
+    assert end == End(f"job {sighting.job_id} was cancelled", Fault.NOBODY)
+
+
+def test_a_requeued_job_gets_a_new_place(lab, boot):
+    spec = service(lab)
+    backend = boot(spec)
+    job_id = str(backend.launcher.launch(spec, "r1").job_id)
+    first = backend.ears.until_phase("r1", Phase.STARTING)
+    lab.run("scontrol", "requeue", job_id)
+    waiting = backend.ears.until_phase("r1", Phase.PENDING, 60)
+    assert (waiting.endpoint, waiting.job_id) == (None, job_id)
+    again = backend.ears.until_phase("r1", Phase.STARTING, 60)
+    assert (again.gen, again.job_id) == (2, job_id)
+    assert again.endpoint != first.endpoint
+    until(lambda: answers(again))
+
+
+def test_a_port_taken_on_the_node_is_not_the_services_fault_unless_it_is_fixed(lab, boot):
+    script = lab.script("taken.sh", 'echo "OSError: [Errno 98] Address already in use"\nexit 1')
+    spec = service(lab, bash_file=script)
+    fixed = replace(spec, name="Fixed", route_name="fixed", remote_port=20001)
+    backend = boot(spec, fixed)
+    backend.launcher.launch(spec, "r1")
+    backend.launcher.launch(fixed, "r2")
+    assert backend.ears.until_end("r1").fault is Fault.PORT
+    end = backend.ears.until_end("r2")
+    assert end.fault is Fault.SERVICE
+    assert end.reason.startswith("port 20001 is taken on node n")
+
+
+# -- waiting -----------------------------------------------------------------------------------
+
+
+def test_a_full_cluster_is_waited_for_with_reason_shown(lab, boot):
+    lab.fill()
+    spec = service(lab)
+    backend = boot(spec)
+    backend.launcher.launch(spec, "r1")
+    until(lambda: "Resources" in str(getattr(backend.ears.last("r1"), "reason", "")))
+    assert not backend.ears.hopeless_ones
+    lab.free()
+    backend.ears.until_phase("r1", Phase.STARTING)
+
+
+def test_a_reason_that_never_passes_is_told_in_slurms_words(lab, boot):
+    spec = service(lab, sbatch_args=("--hold",))
+    backend = boot(spec)
+    backend.launcher.launch(spec, "r1")
+    until(lambda: "JobHeldUser" in backend.ears.hopeless_ones.get("r1", ""))
+    assert backend.ears.ends == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"sbatch_args": ("--partition=nowhere",)}, "nvalid partition"),
+        ({"bash_file": "missing.sh"}, "does not exist on the login host"),
+    ],
+)
+def test_a_refusal_comes_at_once_in_words(lab, boot, state, changes, words):
+    spec = service(lab, **changes)
+    backend = boot(spec)
+    with pytest.raises(CannotStart, match=words):
+        backend.launcher.launch(spec, "r1")
+    assert Records(state.replicas).read_all() == []
+    assert lab.queue() == []
+    assert backend.ears.ends == []
+
+
+def test_a_host_that_cannot_be_reached_is_named(lab, boot, state, monkeypatch):
+    monkeypatch.setattr("slurmgate.launchers.site.PATIENCE", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    spec = service(lab, ssh=replace(login(lab), host="127.0.0.1", port=port))
+    backend = boot(spec)
+    with pytest.raises(CannotStart, match=r"127\.0\.0\.1"):
+        backend.launcher.launch(spec, "r1")
+    began = time.monotonic()
+    with pytest.raises(CannotStart, match=r"127\.0\.0\.1"):
+        backend.launcher.launch(spec, "r2")
+    assert time.monotonic() - began < 1.0
+    assert Records(state.replicas).read_all() == []
+
+
+# -- exactly one job ---------------------------------------------------------------------------
+
+
+def slow_sbatch(lab: Lab, mark: Path, before: float, after: float) -> tuple[str, ...]:
+    """Setup lines that make each sbatch take its time before and after it submits.
+
+    When it has begun there is the file ``mark``.
+    """
+    real = lab.run("sh", "-c", "command -v sbatch").stdout.strip()
+    body = f'touch "{mark}"\nsleep {before}\n{real} "$@"\nsleep {after}'
+    wrapper = lab.script(f"sbatch-{before}-{after}", body)
+    return (f'sbatch() {{ "{wrapper}" "$@"; }}',)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 0), (0, 3)])
+def test_a_backend_that_dies_while_it_submits_finds_the_one_job(lab, boot, tmp_path, before, after):
+    mark = tmp_path / "begun"
+    spec = service(lab, remote_setup=slow_sbatch(lab, mark, before, after))
+    first = boot(spec)
+    launching = threading.Thread(target=try_launch, args=(first, spec, "r1"), daemon=True)
+    launching.start()
+    until(mark.exists)
+    until(lambda: after == 0 or lab.queue())
+    first.die()
+
+    second = boot(spec)
+    (sighting,) = second.adoption.sightings
+    assert sighting.phase is Phase.SUBMITTED
+    reached = second.ears.until_phase("r1", Phase.STARTING, 40)
+    until(lambda: answers(reached))
+    assert ours(lab) == [reached.job_id]
+    launching.join(40)
+    assert ours(lab) == [reached.job_id]
+
+
+def try_launch(backend: Backend, spec: ServiceSpec, replica: str) -> None:
+    with contextlib.suppress(StartRefused, CannotStart):
+        backend.launcher.launch(spec, replica)
+
+
+def test_a_submission_that_slurmctld_slept_through_becomes_one_job(own_lab, boot):
+    lab = own_lab()
+    spec = service(lab)
+    backend = boot(spec)
+    until(lambda: "LLM" in backend.ears.listed_ones)
+    lab.slurmctld.pause()
+    sighting = backend.launcher.launch(spec, "r1")
+    assert sighting.phase is Phase.SUBMITTED
+    assert "not confirmed" in str(sighting.reason)
+    lab.slurmctld.resume()
+    reached = backend.ears.until_phase("r1", Phase.STARTING, 60)
+    assert ours(lab) == [reached.job_id]
+
+
+def test_while_slurmctld_is_down_nothing_is_declared_gone(own_lab, boot):
+    lab = own_lab()
+    spec = service(lab)
+    other = replace(spec, name="Other", route_name="other")
+    backend = boot(spec, other)
+    backend.launcher.launch(spec, "r1")
+    reached = backend.ears.until_phase("r1", Phase.STARTING)
+    lab.slurmctld.kill()
+    sighting = backend.launcher.launch(other, "r2")
+    assert sighting.phase is Phase.SUBMITTED
+    assert answers(reached)
+    lab.slurmctld.start()
+    backend.ears.until_phase("r2", Phase.STARTING, 90)
+    assert backend.ears.ends == []
+    assert len(ours(lab)) == 2
+
+
+def test_of_two_jobs_of_one_name_the_older_stays(lab, boot):
+    spec = service(lab)
+    backend = boot(spec)
+    job_id = str(backend.launcher.launch(spec, "r1").job_id)
+    (job,) = lab.queue()
+    second = lab.sbatch(f"--job-name={job.name}", "--wrap=exec sleep 600")
+    until(lambda: ours(lab) == [job_id], 40)
+    assert second != job_id
+    assert backend.ears.ends == []
+
+
+def test_jobs_of_others_are_left_alone_whatever_they_are_called(lab, boot, state):
+    spec = service(lab)
+    hash_ = spec.start_hash()
+    names = [
+        f"sg.{INSTANCE}.somebody.r1.20001.{hash_}.llm",
+        f"sg.other.{state.owner}.r1.20001.{hash_}.llm",
+        f"sg.{INSTANCE}.{state.owner}.r1.20001.llm",
+        f"xsg.{INSTANCE}.{state.owner}.r1.20001.{hash_}.llm",
+    ]
+    others = [lab.sbatch(f"--job-name={name}", "--wrap=exec sleep 600") for name in names]
+    backend = boot(spec)
+    backend.launcher.launch(spec, "r1")
+    backend.ears.until_phase("r1", Phase.STARTING)
+    (stranger,) = backend.launcher.strangers()
+    assert (stranger.owner, stranger.job_id) == ("somebody", others[0])
+    backend.launcher.stop("r1")
+    backend.ears.until_end("r1")
+    assert set(others) <= {job.id for job in lab.queue()}
+
+
+def test_a_job_without_a_record_is_adopted_or_cancelled(lab, boot, state):
+    spec = service(lab)
+    (state.path / "x").write_text("")
+    wanted = f"sg.{INSTANCE}.{state.owner}.lost.20001.{spec.start_hash()}.llm"
+    unwanted = f"sg.{INSTANCE}.{state.owner}.lost2.20001.{spec.start_hash()}.unknown"
+    ids = [
+        lab.sbatch(f"--job-name={name}", lab.probe_script("node"), "20001")
+        for name in (wanted, unwanted)
+    ]
+    backend = boot(spec)
+    reached = backend.ears.until_phase("lost", Phase.STARTING)
+    assert (reached.job_id, reached.port) == (ids[0], 20001)
+    until(lambda: ours(lab) == [ids[0]])
+
+
+def test_jobs_of_another_owner_can_be_taken_over(lab, boot):
+    spec = service(lab)
+    name = f"sg.{INSTANCE}.former.r7.20001.{spec.start_hash()}.llm"
+    job_id = lab.sbatch(f"--job-name={name}", lab.probe_script("node"), "20001")
+    backend = boot(spec)
+    until(lambda: backend.launcher.strangers())
+    assert backend.launcher.take_over("nobody") == 0
+    assert backend.launcher.take_over("former") == 1
+    reached = backend.ears.until_phase("r7", Phase.STARTING)
+    assert reached.job_id == job_id
+    until(lambda: answers(reached))
+
+
+def test_a_stop_that_the_backend_did_not_live_to_finish_is_finished_by_the_next(lab, boot, state):
+    spec = service(lab)
+    first = boot(spec)
+    first.launcher.launch(spec, "r1")
+    first.ears.until_phase("r1", Phase.STARTING)
+    first.die()
+    (record,) = Records(state.replicas).read_all()
+    Records(state.replicas).write(replace(record, stopping=True))
+
+    second = boot(spec)
+    assert second.adoption.sightings == ()
+    until(lambda: not ours(lab))
+    until(lambda: not Records(state.replicas).read_all())
+    until(lambda: not any(state.tunnel_sockets.iterdir()))
+
+
+# -- ways --------------------------------------------------------------------------------------
+
+
+def test_without_a_tunnel_the_node_is_dialled_directly(lab, boot):
+    spec = service(lab, tunnel=TunnelMode.NONE)
+    backend = boot(spec)
+    backend.launcher.launch(spec, "r1")
+    reached = backend.ears.until_phase("r1", Phase.STARTING)
+    assert reached.endpoint == f"{lab.addresses[str(reached.node)]}:{reached.port}"
+    until(lambda: answers(reached))
+
+
+def test_a_service_that_listens_nowhere_is_explained(lab, boot):
+    spec = service(lab, bash_file=lab.script("sleeps.sh", "exec sleep 600"))
+    backend = boot(spec)
+    backend.launcher.launch(spec, "r1")
+    reached = backend.ears.until_phase("r1", Phase.STARTING)
+    assert not answers(reached)
+    until(lambda: "nothing listened on" in str(backend.launcher.explain("r1")))
+    assert '"node-loopback"' in str(backend.launcher.explain("r1"))
+
+
+def test_jobs_are_cancelled_when_the_backend_closes_for_good(lab, boot, state):
+    spec = service(lab)
+    backend = boot(spec)
+    backend.launcher.launch(spec, "r1")
+    backend.ears.until_phase("r1", Phase.STARTING)
+    backend.launcher.close(stop_replicas=True)
+    until(lambda: not ours(lab), 5)
