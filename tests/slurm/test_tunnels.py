@@ -475,6 +475,43 @@ def test_a_login_that_worked_before_may_be_refused_for_a_while(bench, tmp_path, 
         until(works(endpoint))
 
 
+def test_a_login_that_hangs_is_given_up_and_tried_again(bench, tmp_path, service, monkeypatch):
+    monkeypatch.setattr(link, "_OPENING_MAX", 0.3)
+    with Sshd(tmp_path / "sshd") as sshd:
+        sshd.pause()
+        tunnels, observer = bench.backend()
+        endpoint = tunnels.open(KEY, Route(sshd.ssh, HOST, service))
+        (reason,) = until(lambda: observer.of("lost"))
+        assert "127.0.0.1 did not let us in within" in reason
+        monkeypatch.setattr(link, "_OPENING_MAX", 60.0)
+        sshd.resume()
+        until(works(endpoint))
+
+
+def test_reopening_does_not_wait_for_the_next_try(bench, tmp_path, service, monkeypatch):
+    monkeypatch.setattr(link, "backoff", lambda failures: 3600.0)
+    with Sshd(tmp_path / "sshd") as sshd:
+        sshd.stop()
+        tunnels, observer = bench.backend()
+        tunnels.open(KEY, Route(sshd.ssh, HOST, service))
+        until(lambda: observer.of("lost"))
+        sshd.start()
+        tunnels.reopen(KEY)
+        tunnels.reopen(KEY)
+        until(lambda: tunnels.is_open(KEY))
+        assert len(bench.children()) == 1
+
+
+def test_a_machine_without_ssh_says_so(bench, shared_sshd, service, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    tunnels, observer = bench.backend()
+    tunnels.open(KEY, Route(shared_sshd.ssh, HOST, service))
+    (reason,) = until(lambda: observer.of("lost"))
+    assert "ssh cannot be started: [Errno 2]" in reason
+    tunnels.close(KEY)
+    until(lambda: not list(bench.sockets.iterdir()))
+
+
 def test_a_host_that_ssh_would_read_as_an_option_is_refused(bench, shared_sshd):
     tunnels, _ = bench.backend()
     with pytest.raises(CannotStart):
@@ -491,7 +528,7 @@ def test_a_local_port_leads_to_the_service(bench, shared_sshd, service):
     until(lambda: not bench.children(kind="local") and bench.children("next.1", "local"))
     until(lambda: answers(port))
     assert not observer.told
-    tunnels.close("next.1")
+    tunnels.unlisten("next.1")
     until(lambda: not bench.processes() and not list(bench.sockets.iterdir()))
 
 
@@ -612,6 +649,17 @@ def test_a_node_without_keys_is_tried_again(bench, shared_sshd, service):
     until(lambda: len(bench.remotes.ran) >= 3)
     assert "host keys of 127.0.0.1 cannot be fetched" in observer.of("lost")[0]
     assert not observer.of("hopeless")
+
+
+@pytest.mark.parametrize("kind", ["hopeless", "lost"])
+def test_node_keys_that_cannot_be_fetched_are_told(bench, shared_sshd, service, kind):
+    errors = {"hopeless": CannotStart("the host key has changed"), "lost": SlurmgateError("away")}
+    bench.remotes.error = errors[kind]
+    tunnels, observer = bench.backend()
+    tunnels.open(KEY, Route(shared_sshd.ssh, HOST, service, loopback=True))
+    (text,) = until(lambda: observer.of(kind)[:1])
+    assert f"cannot be fetched on {HOST}: {errors[kind]}" in text
+    assert (kind == "hopeless") == bool(observer.of("hopeless"))
 
 
 class Master:
