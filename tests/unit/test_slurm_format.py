@@ -471,6 +471,7 @@ def test_an_end_is_said_in_words_and_blamed() -> None:
         Fault.SERVICE,
     )
     assert ended("FAILED", ready=False, exit=Exit(0, 9))[0] == "the service was killed by signal 9"
+    assert "output file on the node" in ended("FAILED", ready=False, exit=Exit(0, 53))[0]
     assert ended("COMPLETED", ready=False)[0] == "the service exited with code 0"
     assert ended("CANCELLED", ready=True) == ("job 4711 was cancelled", Fault.NOBODY)
     assert ended("NODE_FAIL", ready=False) == ("node n2 failed", Fault.NOBODY)

@@ -72,6 +72,8 @@ class _Ended:
     serving: Fault
 
 
+_NO_OUTPUT = 53  # shown as ExitCode 0:53, and no signal at all
+
 _ENDS = {
     "COMPLETED": _Ended("the service {exit}", Fault.SERVICE, Fault.SERVICE),
     "FAILED": _Ended("the service {exit}", Fault.SERVICE, Fault.SERVICE),
@@ -123,6 +125,11 @@ def _exit_words(state: str, exit: Exit | None) -> str:
         return "exited with code 0" if _first_word(state) == "COMPLETED" else "failed"
     if _first_word(state) == "FAILED" and exit.code == 0 and exit.signal is None:
         return "could not be run"  # Slurm failed it before its first line
+    if exit.signal == _NO_OUTPUT:
+        return (
+            "could not be run: Slurm could not open its output file on the node, or enter its"
+            " directory; are they on a file system that the node has?"
+        )
     return exit.describe()
 
 
