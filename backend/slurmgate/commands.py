@@ -209,7 +209,9 @@ def run_service(args: argparse.Namespace) -> int:
 def run_adopt(args: argparse.Namespace) -> int:
     """``adopt``."""
     found = _admin(args, f"/admin/adopt/{quote(args.owner, safe='')}")
-    say(f"{found['adopted']} jobs taken over from {args.owner}; slurmgate status shows them")
+    adopted = found["adopted"]
+    jobs = "1 job" if adopted == 1 else f"{adopted} jobs"
+    say(f"{jobs} taken over from {args.owner}; slurmgate status shows what runs")
     return 0
 
 

@@ -190,9 +190,3 @@ def test_without_a_backend_commands_say_how_to_start_one(tmp_path):
     done = slurmgate("status", "--state-dir", str(tmp_path / "none"))
     assert done.returncode == 1
     assert "state directory" in done.stderr
-
-
-def test_connecting_is_refused_while_there_is_no_slurm_launcher():
-    done = slurmgate("check", "--connect", str(ROOT / "config/examples/original.json"))
-    assert done.returncode == 1
-    assert "cannot connect" in done.stdout
