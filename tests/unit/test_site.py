@@ -1,0 +1,491 @@
+"""A site and the launcher above it, with a Slurm beyond SSH that fails in named ways."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import threading
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from slurmgate.errors import CannotStart, StartRefused
+from slurmgate.launchers import site as site_module
+from slurmgate.launchers.slurm import SlurmLauncher
+from slurmgate.launchers.slurm_format import JobName
+from slurmgate.model import (
+    End,
+    Fault,
+    LauncherKind,
+    Phase,
+    ReplicaBounds,
+    ServiceSpec,
+    Sighting,
+    SshSpec,
+)
+from slurmgate.records import Records
+from slurmgate.ssh import HostAway, HostRefused, Output, Unfinished
+from slurmgate.state import StateDir
+from tests.waiting import until
+
+SPEC = ServiceSpec(
+    name="LLM",
+    route_name="llm",
+    api_paths=("/",),
+    bash_file="serve.sh",
+    check_health_path="/health",
+    timeout=10.0,
+    folder=Path("/srv"),
+)
+
+
+class FakeSlurm:
+    """Remotes to a cluster; ``faults`` says what goes wrong, by the command that is asked."""
+
+    def __init__(self) -> None:
+        self.jobs: dict[str, tuple[str, str]] = {}  # id: name, state
+        self.faults: dict[str, Exception | Output | threading.Event] = {}
+        self.asked: Counter[str] = Counter()
+        self.only_login = False
+        self.extra = ""
+        self.cancelled: list[str] = []
+        self.lines: tuple[str, ...] = ()
+        self._lock = threading.Lock()
+
+    def run(self, ssh, script, *, setup=(), timeout, login_shell=False) -> Output:
+        what = next(
+            name
+            for name, text in {
+                "list": "squeue --noheader",
+                "submit": "--job-name=",
+                "cancel": "scancel --name",
+                "detail": "scontrol show job",
+                "node": "scontrol show node",
+                "rename": "scontrol update",
+            }.items()
+            if text in script
+        )
+        self.asked[what] += 1
+        fault = self.faults.get(what, self.faults.get("all"))
+        if isinstance(fault, threading.Event):
+            fault.wait(20)
+            raise Unfinished("the connection was lost")
+        if isinstance(fault, Exception):
+            raise fault
+        if isinstance(fault, Output):
+            return replace(fault, began=time.monotonic())
+        if self.only_login and not login_shell:
+            return Output(127, "", f"sh: 1: {what}: not found", time.monotonic())
+        began = time.monotonic()
+        with self._lock:
+            out, code, err = getattr(self, f"_{what}")(script)
+        return Output(code, out, err, began)
+
+    def _submit(self, script: str) -> tuple[str, int, str]:
+        found = re.search(r"--job-name=(\S+)", script)
+        assert found
+        job_id = str(100 + len(self.jobs))
+        self.jobs[job_id] = (found[1], "PENDING")
+        return f"{job_id}\n", 0, ""
+
+    def _list(self, script: str) -> tuple[str, int, str]:
+        lines = [
+            f"{job_id}|{state}|Resources|{'n1' if state == 'RUNNING' else ''}|n1|1700000000|N/A"
+            f"|UNLIMITED|{name}\n"
+            for job_id, (name, state) in self.jobs.items()
+        ]
+        return "".join(lines) + self.extra, 0, ""
+
+    def _cancel(self, script: str) -> tuple[str, int, str]:
+        name, job_id = shlex.split(script.splitlines()[-1])[1:]
+        assert self.jobs[job_id][0] == name.removeprefix("--name=")
+        self.cancelled.append(job_id)
+        self.set(job_id, "CANCELLED")
+        return "", 0, ""
+
+    def _detail(self, script: str) -> tuple[str, int, str]:
+        found = re.search(r"scontrol show job -o (\d+)", script)
+        assert found
+        if found[1] not in self.jobs:
+            return "slurm_load_jobs error: Invalid job id specified\n--slurmgate-- 1\n", 0, ""
+        state = self.jobs[found[1]][1]
+        text = f"JobId={found[1]} JobState={state} ExitCode=3:0 BatchHost=n1 StdOut=/x\n"
+        return text + "--slurmgate-- 0\n" + "".join(f"{x}\n" for x in self.lines), 0, ""
+
+    def _node(self, script: str) -> tuple[str, int, str]:
+        text = "NodeName=n1 NodeAddr=127.0.0.9 NodeHostName=n1\n--slurmgate-- 0\n1000\nlogin\n"
+        return text, 0, ""
+
+    def _rename(self, script: str) -> tuple[str, int, str]:
+        found = re.search(r"JobId=(\d+) JobName=(\S+)", script)
+        assert found
+        self.jobs[found[1]] = (found[2], self.jobs[found[1]][1])
+        return "", 0, ""
+
+    def set(self, job_id: str, state: str) -> None:
+        self.jobs[job_id] = (self.jobs[job_id][0], state)
+
+    def add(self, name: JobName | str, state: str = "RUNNING") -> str:
+        job_id = str(100 + len(self.jobs))
+        self.jobs[job_id] = (str(name), state)
+        return job_id
+
+
+class Ears:
+    def __init__(self) -> None:
+        self.sightings: dict[str, Sighting] = {}
+        self.ends: list[tuple[str, End]] = []
+        self.hopeless_ones: dict[str, str] = {}
+        self.listed_ones: set[str] = set()
+
+    def seen(self, sighting: Sighting) -> None:
+        self.sightings[sighting.replica] = sighting
+
+    def ended(self, replica: str, end: End) -> None:
+        self.ends.append((replica, end))
+
+    def hopeless(self, replica: str, reason: str, code: str = "cannot-start") -> None:
+        self.hopeless_ones[replica] = reason
+
+    def listed(self, services: frozenset[str]) -> None:
+        self.listed_ones |= services
+
+    def until_phase(self, replica: str, phase: Phase) -> Sighting:
+        until(lambda: replica in self.sightings and self.sightings[replica].phase is phase, 10)
+        return self.sightings[replica]
+
+
+@pytest.fixture
+def state(tmp_path):
+    return StateDir.open(tmp_path / "state")
+
+
+@pytest.fixture
+def slurm():
+    return FakeSlurm()
+
+
+@pytest.fixture
+def ears():
+    return Ears()
+
+
+@pytest.fixture
+def boot(state, slurm, ears, monkeypatch):
+    """Start launchers that adopt what is there; all are closed in the end."""
+    monkeypatch.setattr(site_module, "RETRY_BUSY", 0.2)
+    made: list[SlurmLauncher] = []
+
+    def start(*specs: ServiceSpec) -> SlurmLauncher:
+        launcher = SlurmLauncher(state, "vm", slurm)
+        made.append(launcher)
+        launcher.adopt(specs, ears)
+        return launcher
+
+    yield start
+    for fault in slurm.faults.values():
+        if isinstance(fault, threading.Event):
+            fault.set()
+    for launcher in made:
+        launcher.close(stop_replicas=False)
+
+
+def our_name(state: StateDir, replica: str, **changes) -> JobName:
+    base = JobName("vm", state.owner, replica, 20001, SPEC.start_hash(), "llm")
+    return replace(base, **changes)
+
+
+def test_a_job_that_runs_on_this_machines_cluster_is_dialled_directly(boot, slurm, ears):
+    launcher = boot(SPEC)
+    sighting = launcher.launch(SPEC, "r1")
+    assert (sighting.phase, sighting.job_id) == (Phase.PENDING, "100")
+    slurm.set("100", "RUNNING")
+    reached = ears.until_phase("r1", Phase.STARTING)
+    assert reached.endpoint == f"127.0.0.9:{sighting.port}"
+    slurm.set("100", "FAILED")
+    slurm.lines = ("boom",)
+    until(lambda: ears.ends, 20)
+    assert ears.ends == [("r1", End("the service exited with code 3", Fault.SERVICE))]
+    assert launcher.log_tail("r1", 5) == ["boom"]
+
+
+def test_commands_that_only_a_login_shell_finds_are_found_and_that_is_remembered(boot, slurm):
+    slurm.only_login = True
+    launcher = boot(SPEC)
+    launcher.launch(SPEC, "r1")
+    assert slurm.asked["list"] == 2
+    assert slurm.asked["submit"] == 1
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (Output(127, "", "sh: 1: squeue: not found", 0), "remote_setup"),
+        (HostRefused("the host key of login is not known"), "host key"),
+    ],
+)
+def test_what_no_waiting_mends_is_told_at_once(boot, slurm, state, fault, words):
+    slurm.faults["all"] = fault
+    launcher = boot(SPEC)
+    with pytest.raises(CannotStart, match=words):
+        launcher.launch(SPEC, "r1")
+    assert Records(state.replicas).read_all() == []
+
+
+def test_sbatch_alone_missing_is_told_too(boot, slurm, state):
+    slurm.faults["submit"] = Output(127, "", "sbatch: command not found", 0)
+    launcher = boot(SPEC)
+    with pytest.raises(CannotStart, match="sbatch is not found on this machine"):
+        launcher.launch(SPEC, "r1")
+    assert Records(state.replicas).read_all() == []
+
+
+@pytest.mark.parametrize("command", ["all", "submit"])
+def test_a_host_that_comes_back_in_time_is_waited_for(boot, slurm, command):
+    slurm.faults[command] = HostAway("login is away")
+    launcher = boot(SPEC)
+    done: list[Sighting] = []
+    thread = threading.Thread(target=lambda: done.append(launcher.launch(SPEC, "r1")))
+    thread.start()
+    asked = "list" if command == "all" else "submit"
+    until(lambda: slurm.asked[asked] >= 3)
+    slurm.faults.clear()
+    thread.join(10)
+    assert done[0].phase is Phase.PENDING
+    assert len(slurm.jobs) == 1
+
+
+def test_a_host_that_stays_away_is_named_and_later_starts_fail_fast(
+    boot, slurm, state, monkeypatch
+):
+    monkeypatch.setattr(site_module, "PATIENCE", 0.5)
+    slurm.faults["all"] = HostAway("no route")
+    launcher = boot(SPEC)
+    for replica in ("r1", "r2"):
+        with pytest.raises(CannotStart, match="login host this machine cannot be reached: no ro"):
+            launcher.launch(SPEC, replica)
+    assert Records(state.replicas).read_all() == []
+
+
+def test_while_slurm_does_not_answer_a_start_waits_and_is_submitted_later(boot, slurm, ears):
+    slurm.faults["list"] = Output(1, "", "slurm_load_jobs error: Unable to contact", 0)
+    launcher = boot(SPEC)
+    sighting = launcher.launch(SPEC, "r1")
+    assert sighting.phase is Phase.SUBMITTED
+    assert "Unable to contact" in str(sighting.reason)
+    assert slurm.jobs == {}
+    slurm.faults.clear()
+    ears.until_phase("r1", Phase.PENDING)
+    assert len(slurm.jobs) == 1
+
+
+def test_what_sbatch_says_in_unknown_words_may_have_been_a_submission(boot, slurm, ears):
+    launcher = boot(SPEC)
+    slurm.faults["submit"] = Output(1, "", "sbatch: error: the moon is full", 0)
+    assert launcher.launch(SPEC, "r1").phase is Phase.SUBMITTED
+    slurm.faults.clear()
+    ears.until_phase("r1", Phase.PENDING)
+    assert len(slurm.jobs) == 1
+    assert ears.ends == []
+
+
+def test_a_lost_answer_is_found_in_the_list(boot, slurm, ears, state):
+    launcher = boot(SPEC)
+    launcher_said: list[Sighting] = []
+    lost = threading.Event()
+    slurm.faults["submit"] = lost
+    thread = threading.Thread(target=lambda: launcher_said.append(launcher.launch(SPEC, "r1")))
+    thread.start()
+    until(lambda: slurm.asked["submit"])
+    (record,) = Records(state.replicas).read_all()
+    assert record.job is not None
+    job_id = slurm.add(record.job.name, "PENDING")
+    lost.set()
+    thread.join(10)
+    sighting = ears.until_phase("r1", Phase.PENDING)
+    assert sighting.job_id == job_id
+    assert slurm.asked["submit"] == 1
+
+
+def test_submissions_and_cancels_do_not_wait_for_a_listing_that_hangs(boot, slurm, ears):
+    launcher = boot(SPEC)
+    launcher.launch(SPEC, "r1")
+    slurm.faults["list"] = threading.Event()
+    until(lambda: slurm.asked["list"] >= 2)
+    launcher.launch(SPEC, "r2")
+    launcher.stop("r1")
+    until(lambda: slurm.cancelled == ["100"])
+    assert len(slurm.jobs) == 2
+
+
+def test_a_listing_that_breaks_the_program_does_not_end_the_thread(boot, slurm, ears, caplog):
+    slurm.faults["list"] = ZeroDivisionError("a bug")
+    launcher = boot(SPEC)
+    until(lambda: "a bug" in caplog.text)
+    slurm.faults.clear()
+    launcher.launch(SPEC, "r1")
+    ears.until_phase("r1", Phase.PENDING)
+
+
+def test_nothing_is_listed_at_rest_without_jobs(boot, slurm, ears):
+    launcher = boot(SPEC)
+    until(lambda: ears.listed_ones == {"LLM"})
+    launcher.launch(SPEC, "r1")
+    launcher.stop("r1")
+    until(lambda: ears.ends)
+    asked = slurm.asked["list"]
+    until(lambda: not launcher._all_sites()[0]._roster._jobs)
+    assert launcher._all_sites()[0]._next() is None
+    assert slurm.asked["list"] == asked
+
+
+def test_a_listing_with_a_damaged_line_of_ours_declares_nothing_gone(boot, slurm, ears):
+    launcher = boot(SPEC)
+    launcher.launch(SPEC, "r1")
+    name, _ = slurm.jobs.pop("100")
+    slurm.extra = f"10|{name}\n"
+    seen = slurm.asked["list"]
+    until(lambda: slurm.asked["list"] >= seen + 3)
+    assert ears.ends == []
+    slurm.extra = ""
+    until(lambda: ears.ends)
+
+
+def test_a_state_that_is_not_known_changes_nothing_and_is_logged_once(boot, slurm, ears, caplog):
+    launcher = boot(SPEC)
+    launcher.launch(SPEC, "r1")
+    slurm.set("100", "LEVITATING")
+    seen = slurm.asked["list"]
+    until(lambda: slurm.asked["list"] >= seen + 3)
+    assert caplog.text.count("LEVITATING") == 1
+    assert ears.ends == []
+    assert slurm.cancelled == []
+
+
+def test_two_setups_on_one_cluster_leave_each_others_jobs_alone(boot, slurm, state, ears):
+    other = replace(SPEC, name="Other", route_name="other", remote_setup=("module load slurm",))
+    name = our_name(state, "lost", route="other", start_hash=other.start_hash())
+    lost = slurm.add(name)
+    launcher = boot(SPEC, other)
+    launcher.launch(SPEC, "r1")
+    ears.until_phase("lost", Phase.STARTING)
+    until(lambda: ears.listed_ones == {"LLM", "Other"})
+    seen = slurm.asked["list"]
+    until(lambda: slurm.asked["list"] >= seen + 2)
+    assert slurm.cancelled == []
+    assert ears.sightings["lost"].job_id == lost
+
+
+def test_only_what_has_our_instance_and_owner_is_cancelled(boot, slurm, state, ears):
+    mine = our_name(state, "x1", route="gone")
+    for name in (
+        replace(mine, owner="other"),
+        replace(mine, instance="other"),
+        f"{mine}|",
+        f"a{mine}",
+        str(mine).replace(".20001.", ".99999."),
+    ):
+        slurm.add(name)
+    unwanted = slurm.add(mine)
+    boot(SPEC)
+    until(lambda: slurm.cancelled == [unwanted])
+    assert ears.sightings == {}
+
+
+def test_ports_of_one_service_count_upward_where_it_may_have_several_replicas(boot, slurm):
+    fixed = replace(SPEC, remote_port=8000, replicas=ReplicaBounds(max=3))
+    launcher = boot(fixed)
+    ports = [launcher.launch(fixed, replica).port for replica in ("r1", "r2", "r3")]
+    assert ports == [8000, 8001, 8002]
+
+
+def test_a_port_that_was_taken_is_not_tried_again_soon(boot, slurm, ears):
+    spec = replace(SPEC, port_range=(20000, 20001))
+    launcher = boot(spec)
+    first = launcher.launch(spec, "r1").port
+    slurm.lines = ("OSError: [Errno 98] Address already in use",)
+    slurm.set("100", "FAILED")
+    until(lambda: ears.ends)
+    assert ears.ends[0][1].fault is Fault.PORT
+    assert launcher.launch(spec, "r2").port == 20000 + 20001 - (first or 0)
+    assert launcher.launch(spec, "r3").port == first
+    with pytest.raises(CannotStart, match="every port of port_range 20000-20001 is in use"):
+        launcher.launch(spec, "r4")
+
+
+def test_a_record_that_cannot_be_kept_keeps_the_job_from_being_submitted(
+    boot, slurm, state, monkeypatch
+):
+    launcher = boot(SPEC)
+    until(lambda: slurm.asked["list"])
+
+    def full(record):
+        raise StartRefused("cannot write the replica record: No space left on device")
+
+    monkeypatch.setattr(launcher.records, "write", full)
+    with pytest.raises(StartRefused, match="No space left"):
+        launcher.launch(SPEC, "r1")
+    assert slurm.asked["submit"] == 0
+    monkeypatch.undo()
+    launcher.launch(SPEC, "r1")
+
+
+def test_the_launcher_closes_quickly_while_a_host_hangs(boot, slurm):
+    launcher = boot(SPEC)
+    launcher.launch(SPEC, "r1")
+    slurm.faults["all"] = threading.Event()
+    seen = slurm.asked["list"]
+    until(lambda: slurm.asked["list"] > seen)
+    began = time.monotonic()
+    launcher.close(stop_replicas=False)
+    assert time.monotonic() - began < 2.0
+    with pytest.raises(StartRefused, match="the backend is stopping"):
+        launcher.launch(SPEC, "r2")
+
+
+def test_a_restart_knows_everything_without_asking_the_host(boot, slurm, state, ears):
+    first = boot(SPEC)
+    sighting = first.launch(SPEC, "r1")
+    slurm.set("100", "RUNNING")
+    ears.until_phase("r1", Phase.STARTING)
+    first.close(stop_replicas=False)
+    slurm.faults["all"] = HostAway("login is away")
+
+    second = SlurmLauncher(state, "vm", slurm)
+    adoption = second.adopt([SPEC], ears)
+    second.close(stop_replicas=False)
+    (found,) = adoption.sightings
+    assert adoption.unlisted == {"LLM"}
+    assert (found.phase, found.job_id, found.port, found.gen) == (
+        Phase.STARTING,
+        "100",
+        sighting.port,
+        1,
+    )
+    assert found.running_at is not None
+    assert found.created_at == pytest.approx(sighting.created_at, abs=1)
+
+
+def test_a_record_that_is_of_no_job_is_removed_and_the_job_adopted(boot, slurm, state, ears):
+    first = boot(SPEC)
+    first.launch(SPEC, "r1")
+    first.close(stop_replicas=False)
+    (record,) = Records(state.replicas).read_all()
+    assert record.launcher is LauncherKind.SLURM
+    Records(state.replicas).write(replace(record, job=None))
+    slurm.set("100", "RUNNING")
+    ears.sightings.clear()
+    boot(SPEC)
+    assert ears.until_phase("r1", Phase.STARTING).job_id == "100"
+
+
+def test_a_service_behind_a_login_host_is_named_in_what_fails(boot, slurm, monkeypatch):
+    monkeypatch.setattr(site_module, "PATIENCE", 0.3)
+    spec = replace(SPEC, ssh=SshSpec("login.example.org"))
+    slurm.faults["all"] = HostAway("no route")
+    launcher = boot(spec)
+    with pytest.raises(CannotStart, match=r"login host login\.example\.org cannot be reached"):
+        launcher.launch(spec, "r1")
