@@ -70,8 +70,11 @@ class Stack:
     def up(self) -> None:
         """Start it; returns when both containers are healthy."""
         self.configure()
-        self.compose("up", "-d", "--no-build")
-        self.wait_until_healthy()
+        try:
+            self.compose("up", "-d", "--no-build")
+            self.wait_until_healthy()
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.logs()}") from None
 
     def down(self) -> None:
         """Remove containers, network and volume."""
