@@ -41,6 +41,7 @@ class Cluster:
 
     def __init__(self, keys: Path) -> None:
         self.keys = keys
+        self._image = f"slurmgate-cluster:{setting('SLURMGATE_TAG')}"
         self.network = Network()
         self._name = f"slurmgate-test-{secrets.token_hex(4)}"
         self._secret = secrets.token_hex()
@@ -66,7 +67,7 @@ class Cluster:
     def _machine(self, role: str, public: bytes) -> DockerContainer:
         nodes = " ".join(f"--node {name}={name}" for name in NODES)
         return DockerContainer(
-            f"slurmgate-cluster:{setting('SLURMGATE_TAG')}",
+            self._image,
             command=f"--role {role} --login login {nodes}"
             f" --authorized-key {AUTHORIZED} --secret {self._secret}",
             name=f"{self._name}-{role}",
