@@ -181,7 +181,7 @@ def _decide_ready(service: Service, replica: Replica, silent: float, now: float)
         return Close(replica.id, Drain.REMOVED, by)
     if silent >= spec.timeout + SILENT_GRACE:
         return Close(replica.id, Drain.SILENT)
-    if replica.down_since is not None and now - replica.down_since >= spec.replace_after:
+    if _lost(replica, spec.replace_after, now):
         return Close(replica.id, Drain.UNHEALTHY)
     if spec.launcher is LauncherKind.SLURM and _may_reconnect(replica):
         return Reconnect(replica.id)
@@ -195,6 +195,15 @@ def _decide_ready(service: Service, replica: Replica, silent: float, now: float)
         by = now + spec.drain_timeout if spec.drain_timeout else None
         return Close(replica.id, Drain.IDLE, by)
     return None
+
+
+def _lost(replica: Replica, after: float, now: float) -> bool:
+    """Has it been silent for too long? While its launcher knows why (its login host is away, it is
+    suspended) another one would do no better.
+    """
+    if replica.down_since is None or replica.progress is not None:
+        return False
+    return now - replica.down_since >= after
 
 
 def _may_reconnect(replica: Replica) -> bool:

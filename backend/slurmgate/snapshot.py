@@ -46,7 +46,7 @@ def reason(service: Service, now: float) -> str | None:
         if replica.phase in LAUNCHING and (replica.progress or replica.health_detail):
             return f"{_LAUNCH_WORDS[replica.phase]}: {replica.progress or replica.health_detail}"
         if replica.phase is Phase.READY and replica.down_since is not None:
-            return f"not healthy: {replica.health_detail}"
+            return f"not healthy: {replica.progress or replica.health_detail}"
         if replica.phase is Phase.DRAINING and replica.drain is not None:
             return f"draining: {replica.drain.value}"
     return service.failure.reason if service.failure is not None else service.last_end

@@ -180,10 +180,19 @@ local function exchange(sock, call, deadline)
     return { status = status, headers = headers, body = text }, nil, stays
 end
 
+-- Through a tunnel every connect succeeds, and a far end that refuses is seen as a close. Whoever
+-- has sent by then makes nginx log an error, so give that close some time to come first.
+local function refused(sock, seconds)
+    sock:settimeouts(1000 * seconds, 1000 * seconds, 1000 * seconds)
+    local _, err = sock:receive(1)
+    return err ~= "timeout" and (err == "closed" and "refused behind the tunnel" or "spoke first")
+end
+
 --- Make one call. `call`: endpoint ("host:port" or "unix:/path"), method, path, host, headers,
 --- body, timeout (seconds, for everything together), limit (bytes of answer body), keepalive,
---- status_only (a body that is too long or breaks off is no failure). Returns {status, headers,
---- body} or nil, "connect: reason" and the like.
+--- status_only (a body that is too long or breaks off is no failure), settle (seconds to wait for
+--- a tunnel's far end to refuse). Returns {status, headers, body} or nil, "connect: reason" and the
+--- like.
 function _M.request(call)
     local deadline = clock.now() + call.timeout
     local sock = tcp()
@@ -196,7 +205,12 @@ function _M.request(call)
             ok, err = sock:connect(host, min(65535, tonumber(port)))
         end
     end
+    if ok and call.settle then
+        err = refused(sock, call.settle)
+        ok = not err
+    end
     if not ok then
+        sock:close()
         return nil, "connect: " .. err
     end
     local answer, stays

@@ -27,6 +27,7 @@ class ClusterProduct(Product):
             r"upstream prematurely closed connection",
             r"connect\(\) to unix:.* failed",
             r"recv\(\) failed .* while reading response header",
+            r"writev\(\) failed .* while sending request to upstream",
         ]
 
     def job(self, name: str = "probe", *, bind: str = "node", **fields: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ def product(tmp_path, lab: Lab):
 @pytest.fixture
 def own_product(tmp_path, own_lab):
     """One whose cluster the test may break."""
-    with serving(ClusterProduct(tmp_path, own_lab(slurmd_timeout=10))) as made:
+    with serving(ClusterProduct(tmp_path, own_lab(SlurmdTimeout=10))) as made:
         yield made
 
 
@@ -126,7 +126,7 @@ def test_a_preempted_job_is_queued_again_and_found_on_its_next_node(product: Clu
 
 @pytest.mark.timeout(240)
 def test_the_time_limit_is_reached(own_product: ClusterProduct):
-    own_product.job(sbatch_args=["--time=1"])
+    own_product.job(sbatch_args=["--time=1"], timeout=3600)
     own_product.up()
     pid = answered(own_product)
     (job,) = own_product.live()

@@ -467,3 +467,12 @@ def test_the_way_to_a_silent_replica_is_made_anew_once_and_never_while_it_is_in_
 def test_a_retry_after_counts_on_slurms_own_estimate():
     waiting = events.launched(submitted(), replace(PENDING, starts_at=NOW + 600), NOW)
     assert snapshot.estimate(waiting, NOW) >= 600
+
+
+def test_a_silent_replica_is_not_replaced_while_its_login_host_is_away():
+    silent = replica(health=Health.DOWN, down_since=NOW - 500, reconnected_at=NOW, progress="away")
+    cut_off = service(silent, demand=Demand(in_flight=1))
+    assert decide(cut_off, NOW, NOW) == ()
+    assert snapshot.reason(cut_off, NOW) == "not healthy: away"
+    back = with_replica(cut_off, replace(silent, progress=None))
+    assert decide(back, NOW, NOW) == (Close("r1", Drain.UNHEALTHY),)

@@ -11,6 +11,7 @@ import signal
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from slurmgate import procfs
@@ -62,7 +63,9 @@ class Child:
         self._on_exit = None if then is None else lambda _child, _words: then()
         if self._kill is None:
             self._signal(signal.SIGTERM)
-            self._kill = self._loop.after(patience, lambda: self._signal(signal.SIGKILL))
+            # Nobody would kill it later if the loop ended before.
+            kill = partial(self._signal, signal.SIGKILL)
+            self._kill = self._loop.after(patience, kill, at_close=True)
 
     def let_go(self) -> None:
         """Follow it no more and let it run."""

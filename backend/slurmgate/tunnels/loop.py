@@ -25,11 +25,12 @@ Work = Callable[[], None]
 
 @dataclass(order=True, slots=True)
 class Timer:
-    """A call to be made; ``cancel`` makes it nothing."""
+    """A call to be made; ``cancel`` makes it nothing. ``at_close``: then at the latest."""
 
     at: float
     number: int
     work: Work | None = field(compare=False)
+    at_close: bool = field(compare=False)
 
     def cancel(self) -> None:
         """Forget the call; harmless when it was made already."""
@@ -58,9 +59,9 @@ class Loop:
             if not self._closed:
                 os.eventfd_write(self._wake, 1)
 
-    def after(self, seconds: float, work: Work) -> Timer:
-        """Call this in so many seconds."""
-        timer = Timer(time.monotonic() + seconds, next(self._numbers), work)
+    def after(self, seconds: float, work: Work, *, at_close: bool = False) -> Timer:
+        """Call this in so many seconds, with ``at_close`` when the loop is closed before."""
+        timer = Timer(time.monotonic() + seconds, next(self._numbers), work, at_close)
         heapq.heappush(self._timers, timer)
         return timer
 
@@ -113,6 +114,9 @@ class Loop:
             log.exception("a tunnel could not be looked after")
 
     def _shut(self) -> None:
+        for timer in self._timers:
+            if timer.work is not None and timer.at_close:
+                self._guard(timer.work)
         self._selector.close()
         with self._wake_lock:
             self._closed = True
