@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from slurmgate.launchers import jobs
-from slurmgate.launchers.jobs import (
+from slurmgate.launchers import jobs, pace
+from slurmgate.launchers.job import (
     Answer,
     Cancel,
     Connect,
@@ -19,6 +19,7 @@ from slurmgate.launchers.jobs import (
     Row,
     Stage,
     Standing,
+    Step,
     Submit,
 )
 from slurmgate.launchers.roster import Roster
@@ -52,7 +53,7 @@ def row(standing: Standing = Standing.RUNNING, job_id: str = "7", **changes) -> 
     return replace(base, **changes)
 
 
-def look(job: Job, *rows: Row, at: float = NOW + 60, took: float = 0.0) -> jobs.Step:
+def look(job: Job, *rows: Row, at: float = NOW + 60, took: float = 0.0) -> Step:
     return jobs.listed(job, rows, at, at + took)
 
 
@@ -362,7 +363,7 @@ def test_a_listing_with_a_damaged_line_says_nothing_of_jobs_it_lacks():
 )
 def test_the_pace_of_listings(job, age, pause):
     now = NOW + age
-    assert jobs.due(job, now, now, 1.0) == pytest.approx(now + pause)
+    assert pace.due(job, now, now, 1.0) == pytest.approx(now + pause)
 
 
 def test_nothing_is_listed_where_there_is_no_job():

@@ -16,7 +16,22 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from slurmgate.launchers import jobs, posts
-from slurmgate.launchers.jobs import Answer, Effect, Job, Row, Stage, Standing
+from slurmgate.launchers.job import (
+    LIVE,
+    Answer,
+    Cancel,
+    Connect,
+    Disconnect,
+    Effect,
+    Finish,
+    Inquire,
+    Job,
+    Row,
+    Stage,
+    Standing,
+    Submit,
+    age_of,
+)
 from slurmgate.launchers.posts import Moment, Post
 from slurmgate.launchers.roster import Change, Roster
 from slurmgate.launchers.slurm_format import JobName
@@ -51,7 +66,7 @@ class SlurmJob:
 
     @property
     def live(self) -> bool:
-        return self.standing in jobs.LIVE
+        return self.standing in LIVE
 
     def row(self) -> Row:
         end = End(f"job {self.id} ended") if self.standing is Standing.ENDED else None
@@ -150,9 +165,9 @@ class Cluster(RuleBasedStateMachine):
             post.record = posts.updated(post, change.after)
             self.disk[replica] = post.record
         for effect in change.effects:
-            if isinstance(effect, jobs.Inquire):
+            if isinstance(effect, Inquire):
                 backend.inquiries.append(Inquiry(replica, effect.job_id, self.now))
-            elif not isinstance(effect, jobs.Finish | jobs.Disconnect):
+            elif not isinstance(effect, Finish | Disconnect):
                 backend.todo.append((replica, effect))
 
     def check_end(self, change: Change) -> None:
@@ -266,12 +281,12 @@ class Cluster(RuleBasedStateMachine):
         self.carry_out(*self.backend.todo.pop(place), works=works and not self.frozen)
 
     def carry_out(self, replica: str, effect: Effect, *, works: bool) -> None:
-        if isinstance(effect, jobs.Cancel):
+        if isinstance(effect, Cancel):
             if works:
                 self.cancel(replica, effect.job_id)
-        elif isinstance(effect, jobs.Submit):
+        elif isinstance(effect, Submit):
             self.resubmit(replica, works)
-        elif isinstance(effect, jobs.Connect) and works:
+        elif isinstance(effect, Connect) and works:
             endpoint = f"unix:{replica}.{effect.gen}"
             self.fold(replica, lambda job: jobs.connected(job, effect.gen, endpoint))
 
@@ -329,14 +344,14 @@ class Cluster(RuleBasedStateMachine):
             self.backend.todo += [(replica, cancel) for cancel in cancels]
         for replica, found in outcome.strays.items():
             assert replica in self.ended, "a job of ours was taken for nobody's"
-            self.backend.todo += [(replica, jobs.Cancel(row.job_id)) for row in found]
+            self.backend.todo += [(replica, Cancel(row.job_id)) for row in found]
         self.check_cancels(rows, self.backend.todo[before:])
 
     def check_cancels(self, rows: dict[str, list[Row]], todo: list[tuple[str, Effect]]) -> None:
         """Of several live jobs all but the oldest are cancelled, and of one only on purpose."""
-        cancelled = {e.job_id for _, e in todo if isinstance(e, jobs.Cancel)}
+        cancelled = {e.job_id for _, e in todo if isinstance(e, Cancel)}
         for replica, found in rows.items():
-            live = sorted((r.job_id for r in found if r.standing in jobs.LIVE), key=jobs.age_of)
+            live = sorted((r.job_id for r in found if r.standing in LIVE), key=age_of)
             if replica in self.backend.posts and live:
                 assert set(live[1:]) <= cancelled, "a second job may live on"
                 job = self.backend.roster.get(replica)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from slurmgate.errors import CannotStart, SlurmgateError
 from slurmgate.launchers import logs, slurm_format, slurm_states, slurm_submit
-from slurmgate.launchers.jobs import Answer, Row, Standing
+from slurmgate.launchers.job import Answer, Row, Standing
 from slurmgate.launchers.slurm_format import JobName, NodePlace
 from slurmgate.launchers.slurm_states import Kind
 from slurmgate.launchers.slurm_submit import NotInstalled, Refusal, Submitted

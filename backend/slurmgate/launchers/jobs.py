@@ -11,9 +11,26 @@ older one stays.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from enum import StrEnum
+from dataclasses import replace
 
+from slurmgate.launchers.job import (
+    LIVE,
+    Answer,
+    Cancel,
+    Connect,
+    Disconnect,
+    Effect,
+    Finish,
+    GiveUp,
+    Inquire,
+    Job,
+    Row,
+    Stage,
+    Standing,
+    Step,
+    Submit,
+    age_of,
+)
 from slurmgate.model import End, Fault
 
 MAX_SUBMISSIONS = 3
@@ -22,159 +39,6 @@ GONE_APART = 5.0  # two good listings this far apart that lack a job: it is gone
 UNSENT_APART = 2.0  # the same of one that perhaps was never submitted
 CANCEL_AGAIN = 2.0
 SAME_START = 1.0  # a start time that moved by more than this is another start
-
-
-class Standing(StrEnum):
-    """What a state word of Slurm means for a replica."""
-
-    QUEUED = "queued"
-    RUNNING = "running"
-    SUSPENDED = "suspended"
-    COMPLETING = "completing"
-    ENDED = "ended"
-    UNKNOWN = "unknown"
-
-
-LIVE = frozenset({Standing.QUEUED, Standing.RUNNING, Standing.SUSPENDED})
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One job in a listing. ``began`` is when it started to run, on Slurm's own clock; ``ends_at``
-    and ``starts_at`` are on ours. ``permanent``: its pending reason will not pass by itself.
-    ``end``: what its state alone says of how it ended.
-    """
-
-    job_id: str
-    standing: Standing
-    end: End | None = None
-    node: str | None = None
-    reason: str | None = None
-    permanent: bool = False
-    began: float | None = None
-    starts_at: float | None = None
-    ends_at: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What ``scontrol show job`` said: a standing, or ``gone``, or neither (no clear answer).
-
-    ``end`` is there when it has ended and everything about that could be found out. ``began``
-    is when the question was asked.
-    """
-
-    job_id: str
-    began: float
-    standing: Standing = Standing.UNKNOWN
-    gone: bool = False
-    end: End | None = None
-
-
-class Stage(StrEnum):
-    """How much is known of the job of a replica."""
-
-    SENDING = "sending"
-    UNSURE = "unsure"
-    QUEUED = "queued"
-    RUNNING = "running"
-    ENDED = "ended"
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """The job of one replica.
-
-    ``known_since``: a good listing that began later must show it. ``overdue_at``: no submission
-    can still be on its way after it. ``final``: how it ended by what a listing shows.
-    ``gen`` counts its starts on a node, 0 before the first; ``started`` is when Slurm says that
-    one was. ``waiting_since`` is when it came into the queue.
-    """
-
-    replica: str
-    stage: Stage
-    waiting_since: float
-    job_id: str | None = None
-    known_since: float = float("inf")
-    overdue_at: float = float("-inf")
-    submissions: int = 1
-    resubmit_at: float = float("-inf")
-    refused: bool = False
-    renewable: bool = True
-    stopping: bool = False
-    cancelled_at: float = float("-inf")
-    absent_since: float | None = None
-    inquiring: bool = False
-    final: End | None = None
-    completing_since: float | None = None
-    gen: int = 0
-    node: str | None = None
-    started: float | None = None
-    running_at: float | None = None
-    endpoint: str | None = None
-    hopeless: bool = False
-    reason: str | None = None
-    notice: str | None = None
-    starts_at: float | None = None
-    ends_at: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Submit:
-    """Send the submission again, under the same name and port."""
-
-
-@dataclass(frozen=True, slots=True)
-class Cancel:
-    """Cancel this job of the replica's name."""
-
-    job_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class Inquire:
-    """Ask what is known of this job, and if it has ended how, with its last lines."""
-
-    job_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class Connect:
-    """Find the node's address and open a tunnel to it, unless that is under way."""
-
-    gen: int
-    node: str
-
-
-@dataclass(frozen=True, slots=True)
-class Disconnect:
-    """Close the tunnel."""
-
-    gen: int
-
-
-@dataclass(frozen=True, slots=True)
-class Finish:
-    """It is gone for good: forget it and say so, once."""
-
-    end: End
-
-
-@dataclass(frozen=True, slots=True)
-class GiveUp:
-    """It will never serve, though it lives: say so."""
-
-    reason: str
-
-
-Effect = Submit | Cancel | Inquire | Connect | Disconnect | Finish | GiveUp
-Step = tuple[Job, tuple[Effect, ...]]
-
-
-def age_of(job_id: str) -> tuple[int, str]:
-    """Order job ids by age: Slurm counts upward."""
-    number = job_id.split("_")[0].split("+")[0]
-    return (int(number) if number.isdecimal() else 0, job_id)
 
 
 # -- the submission --------------------------------------------------------------------------
@@ -474,37 +338,3 @@ def troubled(job: Job, gen: int, reason: str) -> Job:
 def wants_way(job: Job) -> bool:
     """Whether a tunnel to it should be there."""
     return job.stage is Stage.RUNNING and not job.stopping
-
-
-# -- how often to look -----------------------------------------------------------------------
-
-REST = 15.0
-
-
-def due(job: Job, last: float, now: float, jitter: float) -> float:
-    """Say when the next listing is due for the sake of this job; ``last`` is when one began."""
-    since = job.cancelled_at if job.stopping and job.job_id is not None else job.waiting_since
-    if job.stage is Stage.RUNNING and not job.stopping:
-        since = last
-    return max(last, since) + _pace(job, now) * jitter
-
-
-def _pace(job: Job, now: float) -> float:
-    if job.absent_since is not None:
-        return UNSENT_APART if job.job_id is None else GONE_APART
-    since = job.waiting_since
-    if job.stopping:
-        since = job.waiting_since if job.job_id is None else job.cancelled_at
-    elif job.completing_since is not None:
-        since = job.completing_since
-    elif job.stage is Stage.RUNNING and job.endpoint is not None:
-        return REST if now - since >= 5.0 else 1.0
-    elif job.running_at is not None:
-        since = job.running_at
-    return _waiting(now - since)
-
-
-def _waiting(age: float) -> float:
-    if age < 5.0:
-        return 1.0
-    return 2.0 if age < 30.0 else min(30.0, max(2.0, age / 20.0))

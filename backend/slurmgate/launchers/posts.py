@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from slurmgate.launchers.jobs import Job, Stage
+from slurmgate.launchers.job import Job, Stage
 from slurmgate.launchers.slurm_format import JobName
 from slurmgate.model import LauncherKind, Phase, ServiceSpec, Sighting
 from slurmgate.records import JobRecord, Record

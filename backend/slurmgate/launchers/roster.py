@@ -11,8 +11,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from slurmgate.launchers import jobs
-from slurmgate.launchers.jobs import Cancel, Effect, Finish, Job, Row, Step
+from slurmgate.launchers import jobs, pace
+from slurmgate.launchers.job import LIVE, Cancel, Effect, Finish, Job, Row, Step
 
 REMEMBERED_ENDS = 1000
 
@@ -99,7 +99,7 @@ class Roster:
         leftovers: dict[str, tuple[Cancel, ...]] = {}
         strays: dict[str, tuple[Row, ...]] = {}
         for replica in found.keys() - {change.before.replica for change in changes}:
-            live = tuple(row for row in found[replica] if row.standing in jobs.LIVE)
+            live = tuple(row for row in found[replica] if row.standing in LIVE)
             if live and replica not in self._past:
                 strays[replica] = live
             elif live and began > self._past[replica]:
@@ -108,7 +108,7 @@ class Roster:
 
     def due(self, last: float, now: float, jitter: float) -> float | None:
         """Say when to list next, after a listing begun at ``last``; None: nothing is looked for."""
-        return min((jobs.due(job, last, now, jitter) for job in self._jobs.values()), default=None)
+        return min((pace.due(job, last, now, jitter) for job in self._jobs.values()), default=None)
 
 
 def _listed(rows: Sequence[Row], began: float, now: float) -> Callable[[Job], Step]:

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from slurmgate import procfs
 from slurmgate.errors import CannotStart, SlurmgateError, StartRefused
 from slurmgate.launchers import posts
+from slurmgate.launchers.crew import Crew
 from slurmgate.launchers.host import Host
-from slurmgate.launchers.jobs import Stage
+from slurmgate.launchers.job import Stage
 from slurmgate.launchers.posts import Moment, Post
-from slurmgate.launchers.site import CONNECT_MAX, SUBMISSION_MAX, Site
+from slurmgate.launchers.site import UNCONFIRMED_MAX, Site
 from slurmgate.launchers.slurm_format import JobName
 from slurmgate.launchers.ways import Ways
 from slurmgate.model import (
@@ -104,7 +105,7 @@ class SlurmLauncher:
         for post, site in found:
             names.setdefault(site, set()).add(post.record.service)
             self._reopen(post, site)
-            job = site.job(post.replica)
+            job = site.crew.job(post.replica)
             if post.told and job is not None:
                 sightings.append(posts.sighting(post, job))
         for site, services in names.items():
@@ -118,7 +119,6 @@ class SlurmLauncher:
             site.start()
         post = self._reserve(spec, replica, site)
         try:
-            self.records.write(post.record)
             return site.launch(post)
         except SlurmgateError:
             with self._lock:
@@ -129,7 +129,7 @@ class SlurmLauncher:
         """Cancel the replica's job, as soon as it is known which one that is."""
         held = self._held.get(replica)
         if held is not None:
-            held.site.stop(replica)
+            held.site.crew.stop(replica)
 
     def reconnect(self, replica: str) -> None:
         """Open the tunnel to a replica anew."""
@@ -141,7 +141,7 @@ class SlurmLauncher:
         if kept is not None:
             return list(kept[1][-lines:]) if lines > 0 else []
         held = self._held.get(replica)
-        return [] if held is None or lines <= 0 else held.site.tail(replica, lines)
+        return [] if held is None or lines <= 0 else held.site.crew.tail(replica, lines)
 
     def explain(self, replica: str) -> str | None:
         """Say why the replica was not reached, as far as SSH said."""
@@ -149,7 +149,7 @@ class SlurmLauncher:
         held = self._held.get(replica)
         if said is not None or held is None:
             return said
-        job = held.site.job(replica)
+        job = held.site.crew.job(replica)
         return None if job is None or job.endpoint is not None else job.reason
 
     def take_over(self, owner: str) -> int:
@@ -197,20 +197,24 @@ class SlurmLauncher:
         assert self._observer is not None, "adopt comes first"
         return self._observer
 
-    def is_elsewhere(self, name: JobName, site: Site) -> bool:
+    def is_elsewhere(self, name: JobName, crew: Crew) -> bool:
         """See ``Desk``."""
         with self._lock:
             held = self._held.get(name.replica)
             if held is not None:
-                return held.site is not site
+                return held.site.crew is not crew
             spec = self._routes.get(name.route)
-            return spec is not None and self._sites.get(_key(spec)) is not site
+            site = None if spec is None else self._sites.get(_key(spec))
+            return spec is not None and (site is None or site.crew is not crew)
 
-    def claim(self, name: JobName, site: Site) -> Post | None:
+    def claim(self, name: JobName, crew: Crew) -> Post | None:
         """See ``Desk``."""
         with self._lock:
             spec = self._routes.get(name.route)
-            if spec is None or any(held.service == spec.name for held in self._held.values()):
+            site = None if spec is None else self._sites.get(_key(spec))
+            if spec is None or site is None or site.crew is not crew:
+                return None
+            if any(held.service == spec.name for held in self._held.values()):
                 return None
             self._held[name.replica] = _Held(site, spec.name, name.port)
         return posts.new(spec, name, self._boot, self._moment())
@@ -232,25 +236,25 @@ class SlurmLauncher:
         """See ``WayObserver``."""
         held = self._held.get(replica)
         if held is not None:
-            held.site.connected(replica, gen, endpoint)
+            held.site.crew.connected(replica, gen, endpoint)
 
     def troubled(self, replica: str, gen: int, reason: str) -> None:
         """See ``WayObserver``."""
         held = self._held.get(replica)
         if held is not None:
-            held.site.troubled(replica, gen, reason)
+            held.site.crew.troubled(replica, gen, reason)
 
     def blocked(self, replica: str, gen: int, reason: str) -> None:
         """See ``WayObserver``."""
         held = self._held.get(replica)
         if held is not None:
-            held.site.blocked(replica, gen, reason)
+            held.site.crew.blocked(replica, gen, reason)
 
     def noticed(self, replica: str, text: str | None) -> None:
         """See ``WayObserver``."""
         held = self._held.get(replica)
         if held is not None:
-            held.site.noticed(replica, text)
+            held.site.crew.noticed(replica, text)
 
     # -- inside ------------------------------------------------------------------------------
 
@@ -281,12 +285,12 @@ class SlurmLauncher:
             return None
         site, _ = self._site(post.job.ssh, post.job.setup)
         self._held[record.replica] = _Held(site, record.service, record.port)
-        site.adopt(post, posts.job_of(post, at, CONNECT_MAX + SUBMISSION_MAX))
+        site.crew.add(post, posts.job_of(post, at, UNCONFIRMED_MAX))
         return post
 
     def _reopen(self, post: Post, site: Site) -> None:
         """Take over the tunnel of an earlier backend. What it could reach counts as reachable."""
-        job = site.job(post.replica)
+        job = site.crew.job(post.replica)
         if not post.told or job is None or job.stage is not Stage.RUNNING:
             return
         if post.job.address is None:
@@ -298,7 +302,7 @@ class SlurmLauncher:
             log.warning("replica %s: %s", post.replica, error)
             return
         if was_reached:
-            site.connected(post.replica, job.gen, endpoint)
+            site.crew.connected(post.replica, job.gen, endpoint)
 
     def _reserve(self, spec: ServiceSpec, replica: str, site: Site) -> Post:
         """Choose the port of a replica and keep it for it."""
@@ -334,7 +338,7 @@ class SlurmLauncher:
         left: list[str] = []
 
         def cancel(site: Site) -> None:
-            left.extend(site.cancel_all(deadline))
+            left.extend(site.crew.cancel_all(deadline))
 
         threads = [threading.Thread(target=cancel, args=(s,), daemon=True) for s in sites]
         for thread in threads:
