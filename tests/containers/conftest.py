@@ -15,26 +15,30 @@ def cluster(tmp_path_factory):
         yield made
 
 
+def service(name, **more):
+    """A service on the cluster, as services.json has it."""
+    return {
+        "name": name,
+        "route_name": name,
+        "api_paths": ["/"],
+        "bash_file": "serve.sh",
+        "check_health_path": "/health",
+        "timeout": 600,
+        "remote_host": "login",
+        "ssh_username": machines.ACCOUNT,
+        "ssh_key_file": "~/.ssh/id_ed25519",
+        "remote_port": "auto",
+        **more,
+    }
+
+
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory, cluster):
-    """The compose stack with one service on the cluster."""
+    """The compose stack with two services on the cluster."""
     folder = tmp_path_factory.mktemp("config")
     config = {
         "gate": {"listen": "0.0.0.0:8080", "open": True},
-        "Services": [
-            {
-                "name": "Teller",
-                "route_name": "teller",
-                "api_paths": ["/"],
-                "bash_file": "serve.sh",
-                "check_health_path": "/health",
-                "timeout": 600,
-                "remote_host": "login",
-                "ssh_username": machines.ACCOUNT,
-                "ssh_key_file": "~/.ssh/id_ed25519",
-                "remote_port": "auto",
-            }
-        ],
+        "Services": [service("teller"), service("slow", env={"LOAD_S": "3"})],
     }
     folder.chmod(0o755)
     with stacks.running(folder, config, cluster.keys, cluster.network.name) as made:
