@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -487,3 +488,63 @@ def test_jobs_are_cancelled_when_the_backend_closes_for_good(lab, boot, state):
     backend.ears.until_phase("r1", Phase.STARTING)
     backend.launcher.close(stop_replicas=True)
     until(lambda: not ours(lab), 5)
+
+
+def test_a_service_that_dies_while_it_loads_is_noticed_soon(lab, boot):
+    spec = service(lab, bash_file=lab.script("dies.sh", "sleep 8\necho no memory\nexit 4"))
+    backend = boot(spec)
+    backend.launcher.launch(spec, "r1")
+    reached = backend.ears.until_phase("r1", Phase.STARTING)
+    until(lambda: answers(reached) or backend.ears.ends, 14)
+    assert backend.ears.until_end("r1").reason == "the service exited with code 4"
+
+
+def test_a_service_on_the_nodes_loopback_is_reached_by_way_of_the_node(lab, boot):
+    lab.need_port_22()
+    spec = service(lab, bash_file=lab.probe_script("loopback"), tunnel=TunnelMode.NODE_LOOPBACK)
+    backend = boot(spec)
+    backend.launcher.launch(spec, "r1")
+    reached = backend.ears.until_phase("r1", Phase.STARTING)
+    until(lambda: answers(reached))
+
+
+def test_the_local_port_leads_to_the_oldest_replica_and_then_to_the_next(lab, boot):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    spec = service(lab, local_host="127.0.0.1", local_port=port)
+    backend = boot(spec)
+    for replica in ("r1", "r2"):
+        backend.launcher.launch(spec, replica)
+        reached = backend.ears.until_phase(replica, Phase.STARTING)
+        until(partial(answers, reached))
+    local = replace(reached, endpoint=f"127.0.0.1:{port}")
+    until(lambda: answers(local))
+    backend.launcher.stop("r1")
+    backend.ears.until_end("r1")
+    until(lambda: answers(local))
+    backend.launcher.stop("r2")
+    backend.ears.until_end("r2")
+    until(lambda: not answers(local))
+
+
+def test_a_local_port_that_is_taken_is_told_and_nothing_else_suffers(lab, boot):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        spec = service(lab, local_host="127.0.0.1", local_port=server.getsockname()[1])
+        backend = boot(spec)
+        backend.launcher.launch(spec, "r1")
+        reached = backend.ears.until_phase("r1", Phase.STARTING)
+        until(lambda: answers(reached))
+        until(lambda: "local_port" in str(getattr(backend.ears.last("r1"), "notice", "")))
+
+
+def test_on_the_login_host_itself_no_ssh_is_needed(lab, boot, monkeypatch):
+    for name, value in lab.env.items():
+        monkeypatch.setenv(name, value)
+    spec = service(lab, ssh=None)
+    backend = boot(spec)
+    backend.launcher.launch(spec, "r1")
+    reached = backend.ears.until_phase("r1", Phase.STARTING)
+    assert reached.endpoint == f"{lab.addresses[str(reached.node)]}:{reached.port}"
+    until(lambda: answers(reached))
+    backend.launcher.stop("r1")
+    backend.ears.until_end("r1")

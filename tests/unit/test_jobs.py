@@ -277,11 +277,11 @@ def test_a_requeue_that_no_listing_saw_is_noticed(change):
 def test_what_an_old_tunnel_says_is_not_heard():
     job, _ = look(running(), row(node="n2"))
     assert jobs.connected(job, 1, "unix:/r1.1.sock") == job
-    assert jobs.troubled(job, 1, "lost") == job
+    assert jobs.troubled(job, 1, "lost", NOW + 61) == job
 
 
 def test_a_tunnel_that_broke_keeps_the_endpoint():
-    job = jobs.troubled(running(), 1, "the tunnel is down")
+    job = jobs.troubled(running(), 1, "the tunnel is down", NOW + 61)
     assert (job.endpoint, job.reason) == ("unix:/r1.1.sock", "the tunnel is down")
 
 
@@ -364,6 +364,17 @@ def test_a_listing_with_a_damaged_line_says_nothing_of_jobs_it_lacks():
 def test_the_pace_of_listings(job, age, pause):
     now = NOW + age
     assert pace.due(job, now, now, 1.0) == pytest.approx(now + pause)
+
+
+def test_a_job_that_refuses_connections_is_looked_at_soon_but_not_for_ever():
+    job = jobs.doubted(running(), NOW + 1000)
+    assert pace.due(job, NOW + 995, NOW + 1000, 1.0) == NOW + 996
+    assert pace.due(job, NOW + 1001, NOW + 1001, 1.0) == NOW + 1016
+    for age in range(400):
+        job = jobs.doubted(job, NOW + 1000 + age)
+    assert pace.due(job, NOW + 1398, NOW + 1399, 1.0) == NOW + 1413
+    again = jobs.doubted(job, NOW + 1500)
+    assert pace.due(again, NOW + 1499, NOW + 1500, 1.0) == NOW + 1500
 
 
 def test_nothing_is_listed_where_there_is_no_job():

@@ -93,6 +93,7 @@ class Crew:
         self._posts: dict[str, Post] = {}
         self._lines: dict[str, tuple[str, ...]] = {}
         self._cancelled: set[str] = set()
+        self._refused: dict[str, int] = {}
         self._workers = Workers(f"site {host.name}", WORKERS)
 
     def add(self, post: Post, job: Job) -> None:
@@ -127,7 +128,7 @@ class Crew:
 
     def troubled(self, replica: str, gen: int, reason: str) -> None:
         """See ``WayObserver``."""
-        self.fold(replica, lambda job: jobs.troubled(job, gen, reason))
+        self.fold(replica, lambda job: jobs.troubled(job, gen, reason, self._clock()))
 
     def blocked(self, replica: str, gen: int, reason: str) -> None:
         """See ``WayObserver``."""
@@ -179,6 +180,22 @@ class Crew:
             post = self._posts[job.replica]
             if post.told and not job.stopping and job.endpoint is None:
                 self._desk.observer.seen(replace(posts.sighting(post, job), reason=text))
+
+    def note_refusals(self) -> bool:
+        """Doubt the jobs at which connections were refused; whether there are any to be watched.
+
+        With the lock held.
+        """
+        now, watched = self._clock(), False
+        for job in self.roster:
+            if job.endpoint is None:
+                continue
+            watched = True
+            refused = self._desk.ways.refused(job.replica)
+            if refused > self._refused.get(job.replica, 0):
+                self.roster.fold(job.replica, lambda known: jobs.doubted(known, now), now)
+            self._refused[job.replica] = refused
+        return watched
 
     def take_in(self, listing: Listing) -> None:
         """Do what follows from a good listing; with the lock held."""
@@ -244,6 +261,7 @@ class Crew:
             case Finish(end):
                 del self._posts[replica]
                 self._cancelled.discard(job.job_id or "")
+                self._refused.pop(replica, None)
                 self._desk.records.remove(replica)
                 self._desk.ended(post, end, self._lines.pop(replica, ()))
                 if post.told:
@@ -279,7 +297,7 @@ class Crew:
             place = self._host.node(node)
         except SlurmgateError as error:
             text = f"where node {node} is cannot be found out: {error}"
-            self.fold(replica, lambda job: jobs.troubled(job, gen, text))
+            self.troubled(replica, gen, text)
             return
         with self.changed:
             job, post = self.roster.get(replica), self._posts.get(replica)
@@ -296,8 +314,7 @@ class Crew:
             self.blocked(replica, gen, str(error))
             return
         except HostAway as error:
-            text = str(error)
-            self.fold(replica, lambda job: jobs.troubled(job, gen, text))
+            self.troubled(replica, gen, str(error))
             return
         later = self.job(replica)
         if later is None or later.gen != gen or not jobs.wants_way(later):

@@ -75,7 +75,8 @@ class Job:
     ``known_since``: a good listing that began later must show it. ``overdue_at``: no submission
     can still be on its way after it. ``final``: how it ended by what a listing shows.
     ``gen`` counts its starts on a node, 0 before the first; ``started`` is when Slurm says that
-    one was. ``waiting_since`` is when it came into the queue.
+    one was. ``waiting_since`` is when it came into the queue. ``doubted_at`` is when it was last
+    found not to be reached though it runs, ``doubted_since`` since when that is so.
     """
 
     replica: str
@@ -94,6 +95,8 @@ class Job:
     inquiring: bool = False
     final: End | None = None
     completing_since: float | None = None
+    doubted_at: float = float("-inf")
+    doubted_since: float = float("-inf")
     gen: int = 0
     node: str | None = None
     started: float | None = None

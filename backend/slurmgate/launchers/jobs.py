@@ -38,6 +38,7 @@ RESUBMIT_PAUSES = (0.0, 2.0, 10.0, 30.0)
 GONE_APART = 5.0  # two good listings this far apart that lack a job: it is gone
 UNSENT_APART = 2.0  # the same of one that perhaps was never submitted
 CANCEL_AGAIN = 2.0
+DOUBT_FORGOTTEN = 30.0
 SAME_START = 1.0  # a start time that moved by more than this is another start
 
 
@@ -328,11 +329,17 @@ def connected(job: Job, gen: int, endpoint: str) -> Job:
     return replace(job, endpoint=endpoint, reason=None)
 
 
-def troubled(job: Job, gen: int, reason: str) -> Job:
+def troubled(job: Job, gen: int, reason: str, now: float) -> Job:
     """The way to it is broken for now; the endpoint stays, the tunnel opens again behind it."""
     if job.gen != gen or job.stage is not Stage.RUNNING or job.stopping:
         return job
-    return replace(job, reason=reason)
+    return doubted(replace(job, reason=reason), now)
+
+
+def doubted(job: Job, now: float) -> Job:
+    """It could not be reached just now: it still loads, or it has ended and nobody looked yet."""
+    fresh = now - job.doubted_at > DOUBT_FORGOTTEN
+    return replace(job, doubted_at=now, doubted_since=now if fresh else job.doubted_since)
 
 
 def wants_way(job: Job) -> bool:

@@ -1,7 +1,8 @@
 """How often the jobs of a login host are listed, whatever the number of services. Pure.
 
 Every second for 5 s after something was asked of Slurm, every 2 s until 30 s, then a twentieth of
-the time that it takes, at most 30 s; 15 s at rest. A job that runs and is connected is at rest.
+the time that it takes, at most 30 s; 15 s at rest. A job that runs and is connected is at rest
+unless connections to it are refused: then it still loads, or has ended.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ def due(job: Job, last: float, now: float, jitter: float) -> float:
     since = job.cancelled_at if job.stopping and job.job_id is not None else job.waiting_since
     if job.stage is Stage.RUNNING and not job.stopping:
         since = last
-    return max(last, since) + _pace(job, now) * jitter
+    return max(last, since) + _pace(job, last, now) * jitter
 
 
-def _pace(job: Job, now: float) -> float:
+def _pace(job: Job, last: float, now: float) -> float:
     if job.absent_since is not None:
         return UNSENT_APART if job.job_id is None else GONE_APART
     since = job.waiting_since
@@ -29,6 +30,8 @@ def _pace(job: Job, now: float) -> float:
     elif job.completing_since is not None:
         since = job.completing_since
     elif job.stage is Stage.RUNNING and job.endpoint is not None:
+        if job.doubted_at > last:
+            return min(REST, _waiting(now - job.doubted_since))
         return REST if now - since >= 5.0 else 1.0
     elif job.running_at is not None:
         since = job.running_at

@@ -30,6 +30,7 @@ SUBMISSION_MAX = SUBMIT + 3.0
 UNCONFIRMED_MAX = CONNECT_MAX + SUBMISSION_MAX
 AWAY_TOLD_AFTER = 2  # failed listings in a row
 AFTER_ERROR = 5.0
+WATCH = 1.0  # how often it is seen whether running jobs refuse connections
 
 
 class Site:
@@ -230,11 +231,13 @@ class Site:
         with self._changed:
             state, now = self._contact, self._clock()
             last = 0.0 if state.good is None else state.good.began
+            watched = self.crew.note_refusals()
             due = state.due(self.crew.roster.due(last, now, state.jitter), now)
             if due is not None and due <= now:
                 return True
             if not self._desk.closing.is_set():
-                self._changed.wait(None if due is None else due - now)
+                left = None if due is None else due - now
+                self._changed.wait(min(left or WATCH, WATCH) if watched else left)
             return False
 
     def _look(self) -> None:

@@ -126,6 +126,11 @@ class Ways:
         if way is not None and way.tunnelled:
             self._tunnels.reopen(way.key)
 
+    def refused(self, replica: str) -> int:
+        """How many connections through it the far end has refused."""
+        way = self._ways.get(replica)
+        return 0 if way is None or not way.tunnelled else self._tunnels.refusals(way.key)[0]
+
     def explain(self, replica: str) -> str | None:
         """Say why nothing was ever reached through an open way."""
         way = self._ways.get(replica)
