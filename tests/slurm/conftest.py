@@ -6,9 +6,10 @@ import contextlib
 
 import pytest
 
-pytest.register_assert_rewrite("tests.lab.lab", "tests.waiting")
+pytest.register_assert_rewrite("tests.lab.lab", "tests.slurm.product", "tests.waiting")
 
 from tests.lab.lab import Lab  # noqa: E402
+from tests.slurm.product import ClusterProduct, serving  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -32,3 +33,17 @@ def own_lab(tmp_path_factory):
         yield lambda **changes: stack.enter_context(
             Lab(tmp_path_factory.mktemp("own-lab"), **changes)
         )
+
+
+@pytest.fixture
+def product(tmp_path, lab):
+    """The product in front of the shared cluster, looked over at the end."""
+    with serving(ClusterProduct(tmp_path, lab)) as made:
+        yield made
+
+
+@pytest.fixture
+def own_product(tmp_path, own_lab):
+    """One whose cluster the test may break."""
+    with serving(ClusterProduct(tmp_path, own_lab(SlurmdTimeout=10))) as made:
+        yield made

@@ -9,12 +9,6 @@ from tests.slurm.product import Asking, ClusterProduct, ask, serving
 from tests.waiting import until
 
 
-@pytest.fixture
-def product(tmp_path, lab: Lab):
-    with serving(ClusterProduct(tmp_path, lab)) as made:
-        yield made
-
-
 def slow_sbatch(lab: Lab, before: float, after: float) -> None:
     """Let sbatch on the login host take its time, before it submits or before it answers."""
     folder = lab.folder / "slow"

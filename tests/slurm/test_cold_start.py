@@ -8,12 +8,10 @@ import socket
 from typing import Any
 
 import httpx
-import pytest
 
 from slurmgate import config
 from tests.lab.daemon import answers
-from tests.lab.lab import Lab
-from tests.slurm.product import ClusterProduct, ask, serving
+from tests.slurm.product import ClusterProduct, ask
 from tests.up.product import free_port
 from tests.waiting import until
 
@@ -36,12 +34,6 @@ ORIGINAL = {
     "appPort": 5000,
     "Services": [SERVICE],
 }
-
-
-@pytest.fixture
-def product(tmp_path, lab: Lab):
-    with serving(ClusterProduct(tmp_path, lab)) as made:
-        yield made
 
 
 def test_the_original_systems_file_works_unchanged(product: ClusterProduct):

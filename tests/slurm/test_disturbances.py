@@ -7,22 +7,8 @@ import signal
 
 import pytest
 
-from tests.lab.lab import Lab
-from tests.slurm.product import ClusterProduct, ask, serving
+from tests.slurm.product import ClusterProduct, ask
 from tests.waiting import until
-
-
-@pytest.fixture
-def product(tmp_path, lab: Lab):
-    with serving(ClusterProduct(tmp_path, lab)) as made:
-        yield made
-
-
-@pytest.fixture
-def own_product(tmp_path, own_lab):
-    """One whose cluster the test may break."""
-    with serving(ClusterProduct(tmp_path, own_lab(SlurmdTimeout=10))) as made:
-        yield made
 
 
 def answered(product: ClusterProduct) -> int:

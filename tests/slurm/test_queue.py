@@ -4,15 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.lab.lab import Lab
-from tests.slurm.product import ClusterProduct, ask, serving
+from tests.slurm.product import ClusterProduct, ask
 from tests.waiting import until
-
-
-@pytest.fixture
-def product(tmp_path, lab: Lab):
-    with serving(ClusterProduct(tmp_path, lab)) as made:
-        yield made
 
 
 def test_on_a_full_cluster_the_wait_is_shown_and_ends_when_it_frees_up(product: ClusterProduct):

@@ -6,25 +6,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from tests.lab.lab import Lab
-from tests.slurm.product import ClusterProduct, serving
+from tests.slurm.product import ClusterProduct
 from tests.up.product import free_port
 from tests.waiting import until
-
-
-@pytest.fixture
-def product(tmp_path, lab: Lab):
-    with serving(ClusterProduct(tmp_path, lab)) as made:
-        yield made
-
-
-@pytest.fixture
-def own_product(tmp_path, own_lab):
-    """One whose cluster the test may break."""
-    with serving(ClusterProduct(tmp_path, own_lab())) as made:
-        yield made
 
 
 def refused(product: ClusterProduct, code: str, *words: str) -> dict[str, Any]:

@@ -6,18 +6,10 @@ import threading
 import time
 from collections.abc import Callable
 
-import pytest
-
-from tests.slurm.product import ClusterProduct, ask, serving
+from tests.slurm.product import ClusterProduct, ask
 from tests.waiting import until
 
 OUTAGE_S = 30.0
-
-
-@pytest.fixture
-def product(tmp_path, own_lab):
-    with serving(ClusterProduct(tmp_path, own_lab())) as made:
-        yield made
 
 
 class Traffic(threading.Thread):
@@ -63,36 +55,36 @@ def outage(product: ClusterProduct, begin: Callable[[], None], end: Callable[[],
     assert product.replica("other")["job_id"] == product.live("other")[0].id
 
 
-def test_slurmctld_hangs(product: ClusterProduct):
-    outage(product, product.lab.slurmctld.pause, product.lab.slurmctld.resume)
+def test_slurmctld_hangs(own_product: ClusterProduct):
+    outage(own_product, own_product.lab.slurmctld.pause, own_product.lab.slurmctld.resume)
 
 
-def test_slurmctld_is_killed_and_restarted(product: ClusterProduct):
-    outage(product, product.lab.slurmctld.kill, product.lab.slurmctld.start)
+def test_slurmctld_is_killed_and_restarted(own_product: ClusterProduct):
+    outage(own_product, own_product.lab.slurmctld.kill, own_product.lab.slurmctld.start)
 
 
-def test_slurmctld_hangs_in_the_moment_of_a_submission(product: ClusterProduct):
-    product.job()
-    product.up()
-    product.lab.slurmctld.pause()
-    waiting = ask(product)
-    until(lambda: product.info()["reason"], 30)
-    until(lambda: "submi" in (product.info()["reason"] or ""), 60)
-    product.lab.slurmctld.resume()
+def test_slurmctld_hangs_in_the_moment_of_a_submission(own_product: ClusterProduct):
+    own_product.job()
+    own_product.up()
+    own_product.lab.slurmctld.pause()
+    waiting = ask(own_product)
+    until(lambda: own_product.info()["reason"], 30)
+    until(lambda: "submi" in (own_product.info()["reason"] or ""), 60)
+    own_product.lab.slurmctld.resume()
     assert waiting.answer(100).status_code == 200
-    until(lambda: len(product.live()) == 1)
-    assert product.replica()["job_id"] == product.live()[0].id
+    until(lambda: len(own_product.live()) == 1)
+    assert own_product.replica()["job_id"] == own_product.live()[0].id
 
 
-def test_the_backend_is_killed_while_slurmctld_hangs(product: ClusterProduct):
-    product.job()
-    product.up()
-    product.get("/probe/pid")
-    (job,) = product.live()
-    product.lab.slurmctld.pause()
-    product.kill_backend()
-    assert product.get("/probe/pid").status_code == 200
-    product.lab.slurmctld.resume()
-    until(lambda: product.info()["state"] == "ready", 60)
-    assert [j.id for j in product.live()] == [job.id]
-    assert product.get("/probe/pid").status_code == 200
+def test_the_backend_is_killed_while_slurmctld_hangs(own_product: ClusterProduct):
+    own_product.job()
+    own_product.up()
+    own_product.get("/probe/pid")
+    (job,) = own_product.live()
+    own_product.lab.slurmctld.pause()
+    own_product.kill_backend()
+    assert own_product.get("/probe/pid").status_code == 200
+    own_product.lab.slurmctld.resume()
+    until(lambda: own_product.info()["state"] == "ready", 60)
+    assert [j.id for j in own_product.live()] == [job.id]
+    assert own_product.get("/probe/pid").status_code == 200
