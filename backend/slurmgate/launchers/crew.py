@@ -28,6 +28,7 @@ from slurmgate.launchers.job import (
     Inquire,
     Job,
     Row,
+    Stage,
     Step,
     Submit,
 )
@@ -110,9 +111,17 @@ class Crew:
             self._posts.pop(replica, None)
             self._desk.records.remove(replica)
 
-    def submitting(self, replica: str) -> Post:
-        """Note on the disk that a submission is sent now; StartRefused when that is impossible."""
+    def submitting(self, replica: str) -> Post | None:
+        """Note on the disk that a submission is sent now; None when its job is known by now.
+
+        StartRefused when it cannot be noted, or nobody wants the replica any more.
+        """
         with self.changed:
+            job = self.roster.get(replica)
+            if job is None or job.stage is not Stage.SENDING:
+                return None
+            if job.stopping:
+                raise StartRefused("it is no longer wanted")
             post = self._posts[replica]
             post.record = posts.submitting(post.record, time.time())
             self._desk.records.write(post.record)
@@ -212,9 +221,7 @@ class Crew:
             self._follow(change)
         for replica, cancels in outcome.leftovers.items():
             for cancel in cancels:
-                log.info(
-                    "%s: job %s of replica %s has outlived it", self.name, cancel.job_id, replica
-                )
+                log.info("%s: job %s has outlived replica %s", self.name, cancel.job_id, replica)
                 self._cancel(str(names[replica]), cancel.job_id)
         self._take_strays(outcome.strays, names, listing.began)
 
@@ -240,7 +247,7 @@ class Crew:
         try:
             self._desk.records.write(record)
         except StartRefused as error:  # what runs goes on; the next backend knows less of it
-            log.warning("replica %s: %s", record.replica, error)
+            log.warning("service %s replica %s: %s", record.service, record.replica, error)
 
     def _act(self, post: Post, job: Job, effect: Effect) -> None:
         replica, do = post.replica, self._workers.do

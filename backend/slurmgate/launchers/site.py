@@ -139,14 +139,14 @@ class Site:
             if problem is None:
                 return
             try:
-                self._wait_or_raise(problem, replica, pause, deadline)
+                self._wait_or_raise(problem, pause, deadline)
             except SlurmgateError:
                 self.crew.forget(replica)
                 raise
             pause = min(2.0, pause * 2)
 
     def _wait_or_raise(
-        self, problem: Refusal | SlurmgateError, replica: str, pause: float, deadline: float
+        self, problem: Refusal | SlurmgateError, pause: float, deadline: float
     ) -> None:
         """Wait before the next try, or say why there is none."""
         if isinstance(problem, Refusal):
@@ -157,13 +157,9 @@ class Site:
             self._contact.check(problem, deadline, self._clock())
         self._desk.closing.wait(pause)
         self._check_closing()
-        job = self.crew.job(replica)
-        if job is None or job.stopping:
-            raise StartRefused("it is no longer wanted")
 
     def _submit_again(self, replica: str) -> None:
         """Submit it again, after the last time came to nothing."""
-        log.info("%s: submitting replica %s", self.name, replica)
         problem = self._send(replica)
         if isinstance(problem, HostAway):
             text = str(problem)
@@ -177,7 +173,11 @@ class Site:
         began, known = self._clock(), False
         try:
             post = self.crew.submitting(replica)
-            assert post.spec is not None
+            if post is None or post.spec is None:
+                known = True
+                return None
+            who = f"service {post.record.service} replica {replica}"
+            log.info("%s: submitting it to %s", who, self.name)
             answer = self._host.submit(post.spec, post.name)
             known = True
         except (HostAway, CannotStart, StartRefused) as error:
@@ -188,6 +188,7 @@ class Site:
             return error
         except Unfinished as error:
             known = True
+            log.warning("%s: submission not confirmed: %s", who, error)
             self._doubt(replica, f"submission not confirmed: {error}", began)
             return None
         finally:
@@ -195,24 +196,23 @@ class Site:
                 self._doubt(replica, "submission not confirmed", began)
         with self._changed:
             self._contact.answered()
-        return self._read(replica, answer)
-
-    def _read(self, replica: str, answer: Submitted | Refusal | Doubt) -> Refusal | None:
         if isinstance(answer, Refusal):
             return answer
+        self._read(replica, who, answer)
+        return None
+
+    def _read(self, replica: str, who: str, answer: Submitted | Doubt) -> None:
         now = self._clock()
         if isinstance(answer, Doubt):
             reason = f"submission not confirmed: {answer.reason}"
-            log.info("%s: replica %s: %s", self.name, replica, reason)
+            log.warning("%s: %s", who, reason)
             self.crew.fold(replica, lambda job: jobs.unanswered(job, now, reason, refused=True))
-            return None
-        log.info("%s: replica %s is job %s", self.name, replica, answer.job_id)
+            return
+        log.info("%s: it is job %s", who, answer.job_id)
         self.crew.fold(replica, lambda job: jobs.accepted(job, answer.job_id, now))
-        return None
 
     def _doubt(self, replica: str, reason: str, began: float) -> None:
         overdue = min(self._clock(), began + CONNECT_MAX) + SUBMISSION_MAX
-        log.info("%s: replica %s: %s", self.name, replica, reason)
         self.crew.fold(replica, lambda job: jobs.unanswered(job, overdue, reason))
 
     # -- listing -----------------------------------------------------------------------------
