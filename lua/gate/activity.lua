@@ -136,6 +136,34 @@ local function end_use(name, now)
     holding = holding - 1
 end
 
+--- nginx lists a value for each try, divided by commas and colons: the last one.
+function _M.last_of(list)
+    return list and list:match("([^,:%s]+)%s*$")
+end
+
+-- Whether a suspected replica has begun to answer this request since it is suspected. The end of a
+-- request says nothing: what was under way when a replica died ends just then.
+local function disproves(var, suspected, now)
+    local header = tonumber(_M.last_of(var.upstream_header_time))
+    local whole = tonumber(_M.last_of(var.upstream_response_time))
+    return header ~= nil and whole ~= nil and now - (whole - header) > suspected
+end
+
+local function note_answer(var, replica)
+    local now = clock.now()
+    local suspected = replica.suspect and store.suspected(replica.id, replica.gen)
+    if suspected and not disproves(var, suspected, now) then
+        return
+    end
+    replica.failures = 0
+    replica.answered = now
+    answers[replica.id] = now
+    if replica.suspect then
+        replica.suspect = false
+        store.trust(replica.id, replica.gen)
+    end
+end
+
 --- Give back all a request still holds, and note that its replica answered; the log phase.
 --- Returns the service's name.
 function _M.release(var, answered)
@@ -147,14 +175,7 @@ function _M.release(var, answered)
     if id ~= "" then
         local replica = touched[id]
         if answered then
-            local now = clock.now()
-            replica.failures = 0
-            replica.answered = now
-            answers[id] = now
-            if replica.suspect then
-                replica.suspect = false
-                store.trust(id, replica.gen)
-            end
+            note_answer(var, replica)
         end
         store.count(replica.count_key, -1)
         holding = holding - 1

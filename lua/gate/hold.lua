@@ -427,20 +427,15 @@ end
 
 -- Again --------------------------------------------------------------------------------------
 
--- nginx lists a value for each try, divided by commas and colons.
-local function last_of(list)
-    return list and list:match("([^,:%s]+)%s*$")
-end
-
 local function verdict(var, sent, service)
-    local timed_out = last_of(var.upstream_status) == "504"
+    local timed_out = activity.last_of(var.upstream_status) == "504"
     if sent > 0 and timed_out then
         return "upstream-timeout"
     elseif not service then
         return without_service(var, sent > 0)
     elseif sent == 0 then
         return tonumber(var.sg_tries) >= MAX_TRIES and "upstream-failed" or nil
-    elseif (tonumber(last_of(var.upstream_bytes_received)) or 0) > 0
+    elseif (tonumber(activity.last_of(var.upstream_bytes_received)) or 0) > 0
         or (tonumber(var.sg_replays) or 0) >= service.replay
         or tonumber(var.sg_tries) >= MAX_TRIES then
         return "upstream-failed"
@@ -459,7 +454,7 @@ end
 function _M.again(var)
     local since = clock.now()
     local id = activity.drop_replica(var)
-    local sent = tonumber(last_of(var.upstream_bytes_sent)) or 0
+    local sent = tonumber(activity.last_of(var.upstream_bytes_sent)) or 0
     local service = registry.find(var.sg_service)
     local code = verdict(var, sent, service)
     if sent == 0 then

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import struct
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -304,6 +305,53 @@ def test_a_request_during_which_two_replicas_ended_gets_502(
     answer = gate.get("/llm/break")
     assert (answer.status, answer.code) == (502, "upstream-failed")
     assert len(echo.seen) == 2
+
+
+def test_a_stream_cut_by_the_death_of_a_replica_does_not_make_it_trusted_again(
+    gate: Gate, backend: FakeBackend, echo: EchoService
+) -> None:
+    gate.expected_errors.append("prematurely closed")
+    broken, cut = threading.Event(), threading.Event()
+    original = echo.answer
+
+    def answer(handler) -> None:
+        if handler.path not in ("/stream", "/x"):
+            original(handler)
+            return
+        echo.seen.append(handler.path)
+        handler.close_connection = True
+        if handler.path == "/stream":
+            handler.send_response_only(200)
+            handler.send_header("Transfer-Encoding", "chunked")
+            handler.end_headers()
+            handler.wfile.write(b"1\r\na\r\n")
+            handler.wfile.flush()
+            cut.wait(20)
+        else:
+            broken.wait(20)
+
+    echo.answer = answer  # type: ignore[method-assign]
+    other = EchoService()
+    other.start()
+    backend.publish(service(state="ready", replicas=[replica(echo.port, "dead")]))
+    wait_until(lambda: gate.get("/llm/y").status == 200, "ready")
+    with ThreadPoolExecutor() as pool, socket.create_connection(("127.0.0.1", gate.port)) as stream:
+        stream.sendall(b"GET /llm/stream HTTP/1.1\r\nHost: a\r\n\r\n")
+        held = pool.submit(gate.get, "/llm/x")
+        wait_until(lambda: {"/stream", "/x"} <= set(echo.seen), "both under way")
+        echo.healthy = False
+        broken.set()
+        wait_until(lambda: waiting(backend) == 1, "held again")
+        cut.set()
+        while stream.recv(65536):
+            pass
+        told = len(backend.notes)
+        wait_until(lambda: len(backend.notes) > told + 10, "time passes")
+        backend.publish(service(state="ready", replicas=[replica(other.port, "good")]))
+        answered = held.result()
+    other.stop()
+    assert (answered.status, answered.headers["X-Slurmgate-Replica"]) == (200, "good")
+    assert echo.seen.count("/x") == 1
 
 
 def test_a_silent_service_is_a_timeout(gate: Gate, backend: FakeBackend, echo: EchoService) -> None:
