@@ -350,6 +350,8 @@ def test_a_listing_with_a_damaged_line_says_nothing_of_jobs_it_lacks():
 @pytest.mark.parametrize(
     ("job", "age", "pause"),
     [
+        (queued(), 0.5, 0.5),
+        (queued(), 1, 1.0),
         (queued(), 2, 1.0),
         (queued(), 10, 2.0),
         (queued(), 200, 10.0),
@@ -359,23 +361,30 @@ def test_a_listing_with_a_damaged_line_says_nothing_of_jobs_it_lacks():
         (running(endpoint=None), 3, 1.0),
         (running(endpoint=None), 20, 2.0),
         (jobs.stopped(running(), NOW)[0], 2, 1.0),
+        (jobs.stopped(running(), NOW)[0], 20, 2.0),
     ],
 )
 def test_the_pace_of_listings(job, age, pause):
-    now = NOW + age
-    assert pace.due(job, now, now, 1.0) == pytest.approx(now + pause)
+    last = NOW + age
+    assert pace.due(job, last, 1.0) == pytest.approx(last + pause)
+
+
+def test_after_a_long_rest_a_submission_or_stop_is_looked_at_within_a_second():
+    long_ago = NOW - 500
+    assert pace.due(queued(), long_ago, 1.0) == NOW + 0.5
+    assert pace.due(jobs.stopped(running(), NOW)[0], long_ago, 1.0) == NOW + 0.5
 
 
 def test_a_job_that_refuses_connections_is_looked_at_soon_but_not_for_ever():
     job = jobs.doubted(running(), NOW + 1000)
-    assert pace.due(job, NOW + 995, NOW + 1000, 1.0) == NOW + 996
-    assert pace.due(job, NOW + 1001, NOW + 1001, 1.0) == NOW + 1016
+    assert pace.due(job, NOW + 995, 1.0) == NOW + 995.5
+    assert pace.due(job, NOW + 1001, 1.0) == NOW + 1016
     for age in range(400):
         job = jobs.doubted(job, NOW + 1000 + age)
-    assert pace.due(job, NOW + 1398, NOW + 1399, 1.0) == NOW + 1413
+    assert pace.due(job, NOW + 1398, 1.0) == NOW + 1413
     again = jobs.doubted(job, NOW + 1500)
-    assert pace.due(again, NOW + 1499, NOW + 1500, 1.0) == NOW + 1500
+    assert pace.due(again, NOW + 1499, 1.0) == NOW + 1499.5
 
 
 def test_nothing_is_listed_where_there_is_no_job():
-    assert Roster().due(NOW, NOW + 100, 1.0) is None
+    assert Roster().due(NOW, 1.0) is None

@@ -106,9 +106,9 @@ class Roster:
                 leftovers[replica] = tuple(Cancel(row.job_id) for row in live)
         return Outcome(tuple(changes), leftovers, strays)
 
-    def due(self, last: float, now: float, jitter: float) -> float | None:
+    def due(self, last: float, jitter: float) -> float | None:
         """Say when to list next, after a listing begun at ``last``; None: nothing is looked for."""
-        return min((pace.due(job, last, now, jitter) for job in self._jobs.values()), default=None)
+        return min((pace.due(job, last, jitter) for job in self._jobs.values()), default=None)
 
 
 def _listed(rows: Sequence[Row], began: float, now: float) -> Callable[[Job], Step]:

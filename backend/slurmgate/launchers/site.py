@@ -232,7 +232,7 @@ class Site:
             state, now = self._contact, self._clock()
             last = 0.0 if state.good is None else state.good.began
             watched = self.crew.note_refusals()
-            due = state.due(self.crew.roster.due(last, now, state.jitter), now)
+            due = state.due(self.crew.roster.due(last, state.jitter), now)
             if due is not None and due <= now:
                 return True
             if not self._desk.closing.is_set():
