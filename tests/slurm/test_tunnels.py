@@ -356,21 +356,24 @@ def test_many_tunnels_open_at_once_and_none_is_dropped_by_sshd(bench, shared_ssh
 def test_of_two_children_left_of_one_tunnel_the_newer_is_taken_over(bench, shared_sshd, service):
     """A backend that dies while it replaces a frozen ssh leaves both."""
     route = Route(shared_sshd.ssh, HOST, service)
-    before, observer = bench.backend()
-    endpoint = before.open(KEY, route)
-    until(lambda: before.is_open(KEY))
+    killed_backend(bench, route)
     (frozen,) = bench.children()
     os.kill(frozen, signal.SIGSTOP)
-    before.reopen(KEY)
-    until(lambda: len(observer.of("opened")) == 2)
-    before.shutdown()
-    assert frozen in bench.children()
-    (newer,) = set(bench.children()) - {frozen}
-    after, _ = bench.backend()
-    after.open(KEY, route)
-    until(lambda: after.is_open(KEY))
-    assert get(endpoint) == b"hello"
-    until(lambda: bench.children() == [newer])
+    (bench.sockets / f"{KEY}.sock").unlink()
+    replacing = {**os.environ, MARK: f"{OWNER}.{KEY}.unix"}
+    with subprocess.Popen(
+        procfs.command_line(frozen),
+        env=replacing,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    ) as newer:
+        until((bench.sockets / f"{KEY}.sock").is_socket)
+        after, _ = bench.backend()
+        endpoint = after.open(KEY, route)
+        until(lambda: after.is_open(KEY))
+        assert get(endpoint) == b"hello"
+        until(lambda: bench.children() == [newer.pid])
+        after.close(KEY)
 
 
 def test_a_child_left_with_another_command_is_replaced(bench, shared_sshd, service):
@@ -640,6 +643,22 @@ def test_a_node_with_other_keys_than_pinned_is_hopeless(bench, tmp_path, service
         assert "has changed, it is now SHA256:" in text
         assert f"remove {pin}" in text
         assert len(bench.remotes.ran) == 1
+
+
+def test_nodes_may_have_their_sshd_on_the_login_hosts_port(bench, tmp_path, service):
+    with Sshd(tmp_path / "login") as login:
+        route = Route(login.ssh, HOST, service, loopback=True)
+        before, observer = bench.backend()
+        endpoint = before.open(KEY, route)
+        until(works(endpoint))
+        children = bench.children()
+        before.shutdown()
+        after, observer = bench.backend()
+        after.open(KEY, route)
+        until(lambda: after.is_open(KEY))
+        assert bench.children() == children
+        assert len(bench.remotes.ran) == 1
+        assert not observer.of("hopeless")
 
 
 def test_a_node_without_keys_is_tried_again(bench, shared_sshd, service):

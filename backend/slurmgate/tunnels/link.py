@@ -27,8 +27,8 @@ _STEADY = 30.0  # a tunnel open so long has recovered from what broke it before
 LISTEN_AGAIN = 30.0
 _CLOSE_PATIENCE, _REOPEN_PATIENCE = 2.0, 1.0
 
-Prepare = Callable[[Callable[[Finding | None], None]], None]
-"""Does what must be done before ssh can start, and says what went wrong."""
+Prepare = Callable[[Callable[[Command | Finding], None]], None]
+"""Does what must be done before ssh can start, and gives what to run or what went wrong."""
 
 
 def backoff(failures: int) -> float:
@@ -149,16 +149,17 @@ class Link(ABC):
 
     def _log_in(self) -> None:
         if self._prepare is None:
-            self._spawn(None)
+            self._spawn(self.command)
         else:
             self._prepare(self._spawn)
 
-    def _spawn(self, hindrance: Finding | None) -> None:
+    def _spawn(self, prepared: Command | Finding) -> None:
         if self._closed or self._child is not None:
             return
-        if hindrance is not None:
-            self._failed(hindrance)
+        if isinstance(prepared, Finding):
+            self._failed(prepared)
             return
+        self.command = prepared
         self._log.restart()
         try:
             self._clean()

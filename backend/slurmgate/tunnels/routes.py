@@ -29,14 +29,23 @@ class Kind(StrEnum):
 class Route:
     """The way to a replica's port. With ``loopback`` it is a port of ``host``'s own 127.0.0.1.
 
-    ``host`` is named as the login host reaches it; ``node_port`` is where its sshd listens.
+    ``host`` is named as the login host reaches it; ``node_port`` is where its sshd listens, None
+    as long as that is not known: clusters whose login host has a port of its own have either that
+    one or the usual one on their nodes.
     """
 
     ssh: SshSpec
     host: str
     port: int
     loopback: bool = False
-    node_port: int = openssh.NODE_PORT
+    node_port: int | None = None
+
+    @property
+    def node_ports(self) -> tuple[int, ...]:
+        """Where the node's sshd may listen, the likelier port first."""
+        if self.node_port is not None:
+            return (self.node_port,)
+        return tuple(dict.fromkeys((self.ssh.port, openssh.NODE_PORT)))
 
     @property
     def by_master(self) -> bool:
@@ -103,7 +112,7 @@ def command(
     kind = Kind.UNIX if address is None else Kind.LOCAL
     if route.loopback:
         pin = folders.pin(route)
-        options = openssh.node_options(route.ssh, route.host, pin, route.host, route.node_port)
+        options = openssh.node_options(route.ssh, route.host, pin, route.host, route.node_ports[0])
         destination = openssh.node_destination(route.ssh, route.host)
     else:
         options, destination = openssh.options(route.ssh), openssh.destination(route.ssh)

@@ -9,19 +9,18 @@ from __future__ import annotations
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection
-from functools import partial
 from pathlib import Path
 
 from slurmgate.errors import CannotStart
 from slurmgate.tunnels import children, routes
 from slurmgate.tunnels.children import Found
-from slurmgate.tunnels.link import LocalLink, Means, UnixLink
+from slurmgate.tunnels.link import LocalLink, Means, Prepare, UnixLink
 from slurmgate.tunnels.loop import Loop
 from slurmgate.tunnels.master import MasterLink
 from slurmgate.tunnels.observer import TunnelObserver
 from slurmgate.tunnels.pins import Pins, Runner
 from slurmgate.tunnels.routes import Address, Command, Folders, Kind, Route
-from slurmgate.tunnels.stderr import Place
+from slurmgate.tunnels.stderr import Finding, Place
 from slurmgate.tunnels.tellers import PortTeller, ReplicaTeller, Teller
 from slurmgate.tunnels.turns import Turn, Turns
 
@@ -68,6 +67,7 @@ class Tunnels:
         A running ssh of an earlier backend for the same key and the same command is taken over.
         CannotStart when ssh cannot be given such a host or user name.
         """
+        route = self._pins.known(route)
         command = self._command(key, route, None)
         self._loop.call(lambda: self._open(key, route, command))
         return f"unix:{self._folders.socket(key)}"
@@ -77,6 +77,7 @@ class Tunnels:
 
         If it cannot be listened on, only ``notice`` says so. CannotStart as in ``open``.
         """
+        route = self._pins.known(route)
         command = self._command(key, route, address)
         self._loop.call(lambda: self._listen(key, route, address, command))
 
@@ -138,7 +139,8 @@ class Tunnels:
             forward = routes.forward(path, route, None)
             link = MasterLink(self._loop, teller, route.ssh, forward, place, path)
         else:
-            link = UnixLink(self._means(route, teller, command, place), path)
+            prepare = self._prepare(key, route, None)
+            link = UnixLink(self._means(route, teller, command, place, prepare), path)
         if self._known(name, link):
             return
         self._close(name, found_too=False)
@@ -155,7 +157,8 @@ class Tunnels:
             forward = routes.forward(self._folders.socket(key), route, address)
             link = MasterLink(self._loop, teller, route.ssh, forward, place, None)
         else:
-            link = LocalLink(self._means(route, teller, command, place), address)
+            prepare = self._prepare(key, route, address)
+            link = LocalLink(self._means(route, teller, command, place, prepare), address)
         if self._known(name, link):
             return
         self._close(name, found_too=False)
@@ -170,9 +173,23 @@ class Tunnels:
         else:
             link.start(chosen)
 
-    def _means(self, route: Route, teller: Teller, command: Command, place: Place) -> Means:
+    def _prepare(self, key: str, route: Route, address: Address | None) -> Prepare | None:
+        """What must be done first: with the keys of a node comes the port of its sshd."""
+        if not route.loopback:
+            return None
+
+        def prepare(then: Callable[[Command | Finding], None]) -> None:
+            def pinned(hindrance: Finding | None) -> None:
+                then(hindrance or self._command(key, self._pins.known(route), address))
+
+            self._pins.prepare(route, pinned)
+
+        return prepare
+
+    def _means(
+        self, route: Route, teller: Teller, command: Command, place: Place, prepare: Prepare | None
+    ) -> Means:
         turn = Turn(self._turns[(route.ssh.host, route.ssh.port)])
-        prepare = partial(self._pins.prepare, route) if route.loopback else None
         return Means(self._loop, teller, command, place, turn, prepare)
 
     def _known(self, name: Name, link: AnyLink) -> bool:
