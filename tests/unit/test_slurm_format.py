@@ -589,6 +589,20 @@ def test_a_node_is_found_by_the_address_slurm_uses(host: LoginHost) -> None:
     assert slurm_format.parse_node("gpu07", "half an ans") is None
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "slurm_load_node error: Unable to contact slurm controller (connect failure)",
+        "slurm_load_node error: Socket timed out on send/recv operation",
+        "slurm_load_node error: Zero Bytes were transmitted or received",
+    ],
+)
+def test_where_a_node_is_stays_unknown_while_the_controller_is_away(
+    host: LoginHost, words: str
+) -> None:
+    assert place(host, words, 1) is None
+
+
 def test_a_job_is_cancelled_by_name_and_id(host: LoginHost) -> None:
     host.install("scancel", '#!/bin/sh\nprintf "%s\\n" "$@"\n')
     assert host.run(slurm_format.cancel_script(NAME, "12")).stdout == f"--name={NAME}\n12\n"

@@ -10,6 +10,7 @@ import re
 import shlex
 from dataclasses import dataclass
 
+from slurmgate.launchers.slurm_refusals import is_silence
 from slurmgate.launchers.slurm_submit import clean_environment
 from slurmgate.model import Exit
 
@@ -256,9 +257,11 @@ def node_script(node: str) -> str:
 
 
 def parse_node(node: str, text: str) -> NodePlace | None:
-    """Read what ``node_script`` printed; None when it did not come to its end."""
+    """Read what ``node_script`` printed; None when it did not come to its end, or Slurm did not
+    answer: a name instead of the address would be a guess then.
+    """
     shown, code, rest = _section(text)
-    if code is None:
+    if code is None or (code != 0 and is_silence(shown)):
         return None
     lines = [line.strip() for line in rest.split("\n")]
     uid = int(lines[0]) if lines[0].isascii() and lines[0].isdecimal() else None

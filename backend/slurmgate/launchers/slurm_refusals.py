@@ -112,8 +112,8 @@ _FOR_NOW = (
     "could not establish a configuration source",
     "unable to process configuration file",
 )
-# Said by a controller that did not answer in time, or broke off: the job may exist all the same.
-_DOUBTFUL = (
+# Said of a controller that did not answer in time, or broke off: the job may exist all the same.
+_SILENT = (
     "timed out",
     "unable to contact",
     "zero bytes were transmitted",
@@ -141,13 +141,18 @@ def refusal(text: str) -> Refusal | None:
     # What the controller answered counts alone; without it, sbatch itself gave up before it asked.
     answers = [line for line in errors if line.startswith(_FAILED)]
     folded = "\n".join(answers or errors).lower()
-    if _mentions("\n".join(errors).lower(), _DOUBTFUL):
+    if is_silence("\n".join(errors)):
         return None
     if _mentions(folded, _FOR_GOOD):
         return Refusal(_reason(errors), for_good=True)
     if _mentions(folded, _FOR_NOW):
         return Refusal(_reason(errors), for_good=False)
     return None
+
+
+def is_silence(text: str) -> bool:
+    """Whether Slurm's controller did not answer: nothing is known then, and it will pass."""
+    return _mentions(text.lower(), _SILENT)
 
 
 def _mentions(folded: str, texts: Iterable[str]) -> bool:
