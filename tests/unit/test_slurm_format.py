@@ -601,6 +601,7 @@ def test_where_a_node_is_stays_unknown_while_the_controller_is_away(
     host: LoginHost, words: str
 ) -> None:
     assert place(host, words, 1) is None
+    assert place(host, "no line of a node") is None
 
 
 def test_a_job_is_cancelled_by_name_and_id(host: LoginHost) -> None:

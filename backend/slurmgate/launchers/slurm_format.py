@@ -261,12 +261,12 @@ def parse_node(node: str, text: str) -> NodePlace | None:
     answer: a name instead of the address would be a guess then.
     """
     shown, code, rest = _section(text)
-    if code is None or (code != 0 and is_silence(shown)):
+    line = shown.split("\n", 1)[0] if code == 0 else ""
+    if code is None or (is_silence(shown) if code else _field(line, "NodeName") is None):
         return None
     lines = [line.strip() for line in rest.split("\n")]
     uid = int(lines[0]) if lines[0].isascii() and lines[0].isdecimal() else None
     own = {word.lower() for line in lines[1:] for word in line.split()} - {"localhost"}
-    line = shown.split("\n", 1)[0] if code == 0 else ""
     address = _address(line)
     host = _field(line, "NodeHostName") or node
     if address is not None and re.match(r"127\.|::1$|localhost$", address):
