@@ -111,8 +111,9 @@ class FakeSlurm:
         assert found
         if found[1] not in self.jobs:
             return "slurm_load_jobs error: Invalid job id specified\n--slurmgate-- 1\n", 0, ""
-        state = self.jobs[found[1]][1]
-        text = f"JobId={found[1]} JobState={state} ExitCode=3:0 BatchHost=n1 StdOut=/x\n"
+        name, state = self.jobs[found[1]]
+        text = f"JobId={found[1]} JobName={name} JobState={state} ExitCode=3:0"
+        text += " BatchHost=n1 StdOut=/x\n"
         return text + "--slurmgate-- 0\n" + "".join(f"{x}\n" for x in self.lines), 0, ""
 
     def _node(self, script: str) -> tuple[str, int, str]:
@@ -319,6 +320,19 @@ def test_submissions_and_cancels_do_not_wait_for_a_listing_that_hangs(boot, slur
     launcher.stop("r1")
     until(lambda: slurm.cancelled == ["100"])
     assert len(slurm.jobs) == 2
+
+
+def test_another_job_that_got_the_number_of_a_lost_one_is_not_taken_for_it(
+    boot, slurm, state, ears
+):
+    launcher = boot(SPEC)
+    launcher.launch(SPEC, "r1")
+    slurm.set("100", "RUNNING")
+    ears.until_phase("r1", Phase.STARTING)
+    slurm.jobs["100"] = ("somebody's", "RUNNING")
+    until(lambda: ears.ends, 20)
+    assert ears.ends == [("r1", End("job 100 is gone from Slurm's list", Fault.NOBODY))]
+    assert slurm.cancelled == []
 
 
 def test_a_listing_that_breaks_the_program_does_not_end_the_thread(boot, slurm, ears, caplog):

@@ -534,6 +534,7 @@ def test_the_detail_of_a_job_comes_with_the_end_of_its_output(host: LoginHost) -
     host.install("scontrol", f"#!/bin/sh\ncat <<'EOF'\n{JOB_LINE.format(output=pattern)}\nEOF\n")
     done = host.run(slurm_format.detail_script("12", 2))
     assert slurm_format.parse_detail(done.stdout) == Detail(
+        name="x",
         state="FAILED",
         reason="NonZeroExitCode",
         exit=Exit(3),

@@ -253,11 +253,11 @@ class Crew:
         replica, do = post.replica, self._workers.do
         match effect:
             case Submit():
-                do(("submit", replica), lambda: self._submit_again(replica))
+                do(None, lambda: self._submit_again(replica))
             case Cancel(job_id):
                 self._cancel(str(post.name), job_id)
             case Inquire(job_id):
-                do(("inquire", replica), lambda: self._inquire(post, job, job_id))
+                do(None, lambda: self._inquire(post, job, job_id))
             case Connect(gen, node):
                 if not self._desk.ways.has(replica, gen):
                     do(("connect", replica, gen), lambda: self._connect(replica, gen, node))
@@ -292,7 +292,7 @@ class Crew:
         early = job.running_at is None or self._clock() - job.running_at <= PORT_EARLY
         found = Inquiry(Answer(job_id, self._clock()))
         try:
-            found = self._host.inquire(job_id, post.record.port, fixed=post.fixed, early=early)
+            found = self._host.inquire(post.name, job_id, fixed=post.fixed, early=early)
         finally:
             with self.changed:
                 if post.replica in self._posts:

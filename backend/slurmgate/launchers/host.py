@@ -143,8 +143,11 @@ class Host:
             words = _words(output) or f"scancel ended with code {output.code}"
             raise SlurmSilent(f"job {job_id} is not cancelled yet: {words}")
 
-    def inquire(self, job_id: str, port: int, *, fixed: bool, early: bool) -> Inquiry:
-        """Ask what became of a job. ``early``: a taken port may have been the reason."""
+    def inquire(self, name: JobName, job_id: str, *, fixed: bool, early: bool) -> Inquiry:
+        """Ask what became of a job. ``early``: a taken port may have been the reason.
+
+        A job of another name is another one: Slurm begins its numbers anew when it lost its state.
+        """
         began = self._clock()
         try:
             output = self._run(slurm_format.detail_script(job_id, LOG_LINES), ASK)
@@ -155,6 +158,8 @@ class Host:
         if detail is None or detail.gone or detail.state is None:
             gone = detail is not None and detail.gone
             return Inquiry(Answer(job_id, began, gone=gone))
+        if detail.name not in (None, str(name)):
+            return Inquiry(Answer(job_id, began, gone=True))
         lines = _clean(detail.lines)
         kind = slurm_states.kind_of(detail.state)
         standing = Standing.UNKNOWN if kind is None else _STANDINGS[kind]
@@ -165,9 +170,9 @@ class Host:
             detail.state, ready=False, job_id=job_id, node=node, exit=detail.exit
         )
         end = End(detail.state) if ended is None else End(ended.words, ended.fault)
-        if early and end.fault is Fault.SERVICE and slurm_states.port_taken(lines, port):
+        if early and end.fault is Fault.SERVICE and slurm_states.port_taken(lines, name.port):
             fault = Fault.SERVICE if fixed else Fault.PORT
-            end = End(f"port {port} is taken on node {node}", fault)
+            end = End(f"port {name.port} is taken on node {node}", fault)
         return Inquiry(Answer(job_id, began, standing, end=end), lines)
 
     def tail(self, job_id: str, lines: int) -> list[str]:

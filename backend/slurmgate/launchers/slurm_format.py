@@ -151,6 +151,7 @@ class Detail:
     """
 
     gone: bool = False
+    name: str | None = None
     state: str | None = None
     reason: str | None = None
     exit: Exit | None = None
@@ -202,6 +203,7 @@ def parse_detail(text: str) -> Detail | None:
         return Detail(gone=True) if "Invalid job id specified" in shown else None
     line = shown.split("\n", 1)[0]
     return Detail(
+        name=_field(line, "JobName"),
         state=_field(line, "JobState"),
         reason=_field(line, "Reason"),
         exit=_exit(_field(line, "ExitCode")),

@@ -24,8 +24,12 @@ class Workers:
         self._busy: set[Hashable] = set()
         self._threads = 0
 
-    def do(self, key: Hashable, work: Callable[[], None]) -> bool:
-        """Have something done soon; False when work of this key waits or runs already."""
+    def do(self, key: Hashable | None, work: Callable[[], None]) -> bool:
+        """Have something done soon; False when work of this key waits or runs already.
+
+        Without a key it is done in any case: nobody asks again for what was noted as begun.
+        """
+        key = object() if key is None else key
         with self._lock:
             if key in self._busy:
                 return False
