@@ -25,7 +25,7 @@ lab: setup-dev  ## a small Slurm cluster on this machine, and slurmgate on it (C
 
 test: setup-dev  ## every test that needs no container engine
 	busted --pattern=_spec --lpath='lua/?.lua' tests/lua
-	$(PYTEST) --cov --cov-report=term-missing
+	$(PYTEST) --numprocesses=2 --dist=loadfile --cov --cov-report=term-missing
 
 test-containers:  ## the same in containers; starts a Docker engine where none runs
 	@scripts/setup containers

@@ -116,16 +116,6 @@ def test_an_automatic_port_that_is_taken_is_passed_over(product):
         assert product.get("/probe/").status_code == 200
 
 
-@pytest.mark.parametrize("launcher", ["slurm"])
-def test_what_this_version_cannot_start_says_so(product, launcher):
-    product.service("far", "job.sh", launcher=launcher, remote_host="login")
-    product.up()
-    answer = ask(product, "far", 1)[0]
-    assert answer.status == 503
-    assert answer.json["type"].endswith("cannot-start")
-    assert launcher in answer.json["reason"]
-
-
 def test_a_disk_that_is_full_starts_nothing_and_says_why(product):
     product.probe()
     product.up()

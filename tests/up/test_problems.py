@@ -79,7 +79,7 @@ def test_openai_paths_are_refused_in_the_shape_their_clients_know(limited):
 
 
 def test_management_off_starts_nothing_and_leaves_what_runs(product):
-    product.probe(timeout=1)
+    product.probe(timeout=3600)
     product.probe("other")
     product.up()
     assert product.post("/admin/management/disable").status_code == 200
@@ -91,6 +91,8 @@ def test_management_off_starts_nothing_and_leaves_what_runs(product):
     assert product.get("/probe/").status_code == 200
     product.run("disable")
     assert product.get("/probe/").status_code == 200
+    product.probe(timeout=1)
+    product.write_config()
     product.until_state("disabled")
     refused = product.post("/admin/services/other/start")
     assert refused.status_code == 503
