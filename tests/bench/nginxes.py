@@ -24,7 +24,7 @@ PLAIN = """
     access_log "%(folder)s/plain-access.log" plain buffer=64k flush=1s;
     keepalive_requests 10000;
     upstream service {
-        server 127.0.0.1:%(service_port)d;
+        server %(upstream)s;
         keepalive 256;
         keepalive_requests 100000;
     }
@@ -124,10 +124,13 @@ class Plain:
 
 
 @contextlib.contextmanager
-def plain_proxy(folder: Path, port: int, service_port: int) -> Iterator[Plain]:
-    """Run nginx with nothing but ``proxy_pass``, kept connections and an access log."""
+def plain_proxy(folder: Path, port: int, upstream: str) -> Iterator[Plain]:
+    """Run nginx with nothing but ``proxy_pass``, kept connections and an access log.
+
+    ``upstream`` is what nginx calls a server: ``host:port`` or ``unix:/path``.
+    """
     conf = folder / "plain.conf"
-    conf.write_text(_configuration(folder, "plain", PLAIN, port=port, service_port=service_port))
+    conf.write_text(_configuration(folder, "plain", PLAIN, port=port, upstream=upstream))
     process = subprocess.Popen([find_nginx(), "-e", "stderr", "-c", str(conf)])
     try:
         until(lambda: _listens(port))

@@ -58,7 +58,7 @@ class Side:
         """One round."""
         everything, client = machine_busy_seconds(), _ended_children_seconds()
         workers, service = cpu_seconds(self.workers), cpu_seconds(self.service)
-        run = wrk.run(self.url, connections, ROUND_S, cores.client)
+        run = self.ask(connections, cores)
         workers = cpu_seconds(self.workers) - workers
         ours = workers + cpu_seconds(self.service) - service + _ended_children_seconds() - client
         others = machine_busy_seconds() - everything - ours
@@ -71,6 +71,10 @@ class Side:
                 others=others / run.seconds,
             )
         )
+
+    def ask(self, connections: int, cores: Cores) -> wrk.Run:
+        """Ask for as much as there is in one round."""
+        return wrk.run(self.url, connections, ROUND_S, cores.client)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +109,7 @@ def rounds(
     deadline = time.monotonic() + patience * wanted * len(order) * ROUND_S
     calm: list[int] = []
     for index in itertools.count():
-        until_calm(WAIT_S)
+        _until_calm(WAIT_S)
         for side in order:
             side.load(connections, cores)
         if all(side.samples[index].others <= CALM for side in order):
@@ -120,8 +124,7 @@ def rounds(
     return Rounds({name: [s[i] for i in calm] for name, s in made.items()}, made)
 
 
-def until_calm(seconds: float) -> None:
-    """Wait until the machine does next to nothing, at most so long."""
+def _until_calm(seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         before = machine_busy_seconds()
@@ -141,8 +144,8 @@ def running_sides(names: Iterable[str], cores: Cores) -> Iterator[dict[str, Side
         if "gate_500" in names:
             many = stack.enter_context(running(_gate(folder / "many", MANY))).up()
             sides["gate_500"] = _side(many, cores)
-        service_port = few.services[0]["remote_port"]
-        plain = stack.enter_context(plain_proxy(folder, free_port(), service_port))
+        service = f"127.0.0.1:{few.services[0]['remote_port']}"
+        plain = stack.enter_context(plain_proxy(folder, free_port(), service))
         pin(plain.workers, cores.proxy)
         url = f"http://127.0.0.1:{plain.port}/fast/hello"
         sides["plain"] = Side(url, plain.workers, sides["gate"].service)

@@ -24,7 +24,6 @@ from tests.bench.client import ask, service_info
 from tests.bench.cold import SERVICE
 from tests.lab.lab import Lab
 from tests.slurm.product import ClusterProduct, serving
-from tests.up.product import free_port
 from tests.waiting import until
 
 COMMANDS = ("sbatch", "squeue", "scancel", "scontrol", "sinfo", "sacct")
@@ -164,23 +163,17 @@ class Shell:
         self._process.stdout.close()
 
 
-@dataclass(frozen=True, slots=True)
-class Forward:
-    """An ``ssh -N -L`` with a port of this machine."""
-
-    port: int
-    pid: int
-
-
 @contextlib.contextmanager
-def forwarded(lab: Lab, address: str, port: int) -> Iterator[Forward]:
-    """Run ``ssh -N -L`` to a port of a node; it may not yet listen."""
-    local = free_port()
-    argv = ssh_by_hand(lab, "-N", "-L", f"127.0.0.1:{local}:{address}:{port}")
+def forwarded(lab: Lab, here: str, address: str, port: int) -> Iterator[int]:
+    """Run ``ssh -N -L`` from ``here``, ``host:port`` or a path, to a port of a node; its pid.
+
+    It may not yet listen.
+    """
+    argv = ssh_by_hand(lab, "-N", "-L", f"{here}:{address}:{port}")
     # Refused connections are what it says while the service loads.
     process = subprocess.Popen(argv, stderr=subprocess.DEVNULL)
     try:
-        yield Forward(local, process.pid)
+        yield process.pid
     finally:
         process.terminate()
         process.wait(20)
