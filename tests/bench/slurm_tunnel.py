@@ -134,11 +134,15 @@ def _large(ways: dict[str, Side]) -> dict[str, Side]:
 
 
 def _notes(what: str, unit: str, seen: Rounds) -> list[str]:
-    notes = [
-        f"{what}, {name}: {middle(seen.of(name, lambda sample: sample.rate)):,.0f} {unit}/s, of ssh"
-        f" and sshd {middle(seen.of(name, lambda sample: sample.cpu_us)):,.0f} µs for each, the two busy {middle(seen.of(name, lambda sample: sample.busy)):.0%}"
-        for name in seen.counted
-    ]
+    notes = []
+    for name in seen.counted:
+        rate = middle(seen.of(name, lambda sample: sample.rate))
+        cost = middle(seen.of(name, lambda sample: sample.cpu_us))
+        busy = middle(seen.of(name, lambda sample: sample.busy))
+        notes.append(
+            f"{what}, {name}: {rate:,.0f} {unit}/s, ssh and sshd busy {busy:.0%} of a core,"
+            f" {cost:,.0f} µs for each"
+        )
     return [*notes, f"{what}: {seen.note()}"]
 
 
