@@ -231,7 +231,9 @@ def last_words(
     if found is None or found.phase is not Phase.FAILED:
         return service
     stopping = with_replica(service, replace(found, phase=Phase.STOPPING, since=now))
-    reason = "; ".join(filter(None, (found.reason, hint)))
+    reason = found.reason or ""
+    if hint is not None and hint not in reason:
+        reason = f"{reason}; {hint}" if reason else hint
     code = "start-failed" if found.hopeless is None else found.hopeless.code
     return failed(stopping, code, reason, log, now)
 

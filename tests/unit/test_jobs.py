@@ -244,6 +244,16 @@ def test_a_reason_that_never_passes_is_told_once_and_the_job_waits_on():
     assert look(job, shown)[1] == ()
 
 
+def test_a_job_whose_node_could_not_run_it_makes_room_for_another_and_nobody_is_at_fault():
+    why = "launch failed requeued held"
+    shown = row(Standing.QUEUED, reason=why, permanent=True, not_launched=True)
+    job, effects = look(running(), shown)
+    assert (job.stopping, effects) == (True, (Disconnect(1), Cancel("7")))
+    assert look(job, shown, at=NOW + 61)[1] == ()
+    _, effects = look(job, row(Standing.ENDED), at=NOW + 62)
+    assert effects == (Disconnect(1), Finish(End(f"job 7: {why}", Fault.NOBODY)))
+
+
 def test_a_running_job_is_connected_to_until_the_tunnel_is_open():
     job, effects = look(queued(), row())
     assert (job.stage, job.gen, job.node, effects) == (Stage.RUNNING, 1, "n1", (Connect(1, "n1"),))

@@ -402,6 +402,13 @@ def test_a_hint_of_the_launcher_is_told_with_the_reason():
     assert told.failure.reason == "not healthy; nothing listened on n1:8000"
 
 
+def test_a_hint_that_the_reason_says_already_is_not_told_twice():
+    given_up = lifecycle.apply(service(starting()), GiveUp("r1", "job 7 waits: Held"), NOW)
+    told = events.last_words(given_up, "r1", (), NOW, "Held")
+    assert told.failure is not None
+    assert told.failure.reason == "job 7 waits: Held"
+
+
 def test_a_job_queued_again_has_a_place_of_its_own_when_it_runs_again():
     used = service(replica(in_flight=1), demand=WAITING)
     queued = events.seen(used, PENDING, NOW)

@@ -514,6 +514,7 @@ def test_reasons_for_waiting_keep_slurms_word(reason: str, forever: bool) -> Non
     waiting = slurm_states.waiting_for(reason)
     assert waiting is not None
     assert waiting.forever is forever
+    assert waiting.not_launched is reason.startswith("launch failed")
     assert waiting.text.startswith(reason)
 
 

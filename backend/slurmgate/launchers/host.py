@@ -246,6 +246,7 @@ class Host:
             node=None if queued else row.batch_host or row.nodes,
             reason=_reason(row, waiting),
             permanent=kind is Kind.HELD or (waiting is not None and waiting.forever),
+            not_launched=waiting is not None and waiting.not_launched,
             began=None if queued or row.starts_at is None else float(row.starts_at),
             starts_at=None if starts_at is None else max(now, now + starts_at - wall),
             ends_at=None if queued or row.left is None else now + row.left,

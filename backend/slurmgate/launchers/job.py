@@ -28,7 +28,8 @@ LIVE = frozenset({Standing.QUEUED, Standing.RUNNING, Standing.SUSPENDED})
 @dataclass(frozen=True, slots=True)
 class Row:
     """One job in a listing. ``began`` is when it started to run, on Slurm's own clock; ``ends_at``
-    and ``starts_at`` are on ours. ``permanent``: its pending reason will not pass by itself.
+    and ``starts_at`` are on ours. ``permanent``: its pending reason will not pass by itself;
+    ``not_launched``: because a node could not run it.
     ``end``: what its state alone says of how it ended.
     """
 
@@ -38,6 +39,7 @@ class Row:
     node: str | None = None
     reason: str | None = None
     permanent: bool = False
+    not_launched: bool = False
     began: float | None = None
     starts_at: float | None = None
     ends_at: float | None = None
@@ -76,7 +78,8 @@ class Job:
     can still be on its way after it. ``final``: how it ended by what a listing shows.
     ``gen`` counts its starts on a node, 0 before the first; ``started`` is when Slurm says that
     one was. ``waiting_since`` is when it came into the queue. ``doubted_at`` is when it was last
-    found not to be reached though it runs, ``doubted_since`` since when that is so.
+    found not to be reached though it runs, ``doubted_since`` since when that is so. ``given_up`` is
+    why it is cancelled though nobody asked for that.
     """
 
     replica: str
@@ -103,6 +106,7 @@ class Job:
     running_at: float | None = None
     endpoint: str | None = None
     hopeless: bool = False
+    given_up: str | None = None
     reason: str | None = None
     notice: str | None = None
     starts_at: float | None = None

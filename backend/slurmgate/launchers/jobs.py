@@ -204,6 +204,8 @@ def _queued(job: Job, row: Row, now: float) -> Step:
         running_at=None,
         ends_at=None,
     )
+    if row.not_launched:  # Slurm would not try again, and nobody is at fault: another job may
+        return replace(job, stopping=True, given_up=f"job {row.job_id}: {row.reason}"), effects
     if row.permanent and not job.hopeless:
         job = replace(job, hopeless=True)
         effects = (*effects, GiveUp(f"job {row.job_id} cannot start: {row.reason or 'held'}"))
@@ -283,7 +285,7 @@ def _not_there(job: Job, began: float, now: float) -> Step:
 def _over(job: Job, row: Row) -> Step:
     """A listing shows it as ended: find out how, unless we wanted that anyway."""
     if job.stopping:
-        return _finished(job, End(f"job {row.job_id} was cancelled", Fault.NOBODY))
+        return _finished(job, _cancellation(job))
     if job.inquiring:
         return job, ()
     return replace(job, inquiring=True), (Inquire(row.job_id),)
@@ -306,9 +308,13 @@ def answered(job: Job, answer: Answer) -> Step:
     return job, ()
 
 
+def _cancellation(job: Job) -> End:
+    return End(job.given_up or f"job {job.job_id} was cancelled", Fault.NOBODY)
+
+
 def _vanished(job: Job) -> End:
     if job.stopping:
-        return End(f"job {job.job_id} was cancelled", Fault.NOBODY)
+        return _cancellation(job)
     return job.final or End(f"job {job.job_id} is gone from Slurm's list", Fault.NOBODY)
 
 

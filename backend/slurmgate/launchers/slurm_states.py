@@ -192,15 +192,20 @@ _PER_JOB = re.compile(r"(?:Assoc|QOS)Max\w*Per(?:Job|Node)(?:Limit)?")
 _MINIMUM = re.compile(r"QOSMin\w+")
 _SHARED = re.compile(r"(?:Assoc|QOS)Grp\w+|(?:Assoc|QOS)?Max\w+")
 _BARRED = re.compile(r"not permitted to use this partition|can't use this partition")
+_NOT_LAUNCHED = re.compile(r"launch[ _]failed[ _]requeued[ _]held", re.IGNORECASE)
 _HELD = re.compile(r"requeued[ _]held|requeued[ _]in[ _]held", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """Why a job waits: Slurm's word with what it means, and whether waiting cannot help."""
+    """Why a job waits: Slurm's word with what it means, and whether waiting cannot help.
+
+    ``not_launched``: a node could not run it, so Slurm holds it; another job may fare better.
+    """
 
     text: str
     forever: bool
+    not_launched: bool = False
 
 
 def waiting_for(reason: str | None) -> Waiting | None:
@@ -212,6 +217,8 @@ def waiting_for(reason: str | None) -> Waiting | None:
     if shown in ("", "None", "(null)", "N/A"):
         return None
     word = re.split(r"[,\s]", shown, maxsplit=1)[0]
+    if _NOT_LAUNCHED.search(shown):
+        return Waiting(f"{shown} (its node could not run it)", forever=True, not_launched=True)
     if _HELD.search(shown):
         return Waiting(f"{shown} (it is back in the queue, and held)", forever=True)
     if _BARRED.search(shown):
