@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-pytest.register_assert_rewrite("tests.containers.stacks", "tests.containers.machines")
-
-from tests.containers import machines, stacks  # noqa: E402
+from tests.containers import machines, stacks
 
 
 @pytest.fixture(scope="session")

@@ -6,10 +6,8 @@ import contextlib
 
 import pytest
 
-pytest.register_assert_rewrite("tests.lab.lab", "tests.slurm.product", "tests.waiting")
-
-from tests.lab.lab import Lab  # noqa: E402
-from tests.slurm.product import ClusterProduct, serving  # noqa: E402
+from tests.lab.lab import Lab
+from tests.slurm.product import ClusterProduct, serving
 
 
 @pytest.fixture(scope="session")

@@ -6,9 +6,7 @@ import subprocess
 
 import pytest
 
-pytest.register_assert_rewrite("tests.up.product", "tests.waiting")
-
-from tests.up.product import Product, running  # noqa: E402
+from tests.up.product import Product, running
 
 
 @pytest.fixture
