@@ -5,8 +5,6 @@ from __future__ import annotations
 import socket
 import time
 
-import pytest
-
 from tests.up.clients import ask_in_background
 from tests.waiting import until
 
