@@ -482,6 +482,19 @@ def test_a_restart_knows_everything_without_asking_the_host(boot, slurm, state, 
     assert found.created_at == pytest.approx(sighting.created_at, abs=1)
 
 
+def test_a_job_that_one_site_takes_over_is_adopted_by_the_service_of_another(
+    boot, slurm, state, ears
+):
+    other = replace(SPEC, name="Other", route_name="other", remote_setup=("module load slurm",))
+    job = slurm.add(replace(our_name(state, "r9"), owner="stranger", route="other"))
+    launcher = boot(SPEC, other)
+    until(lambda: ears.listed_ones == {"LLM", "Other"})
+    assert launcher.take_over("stranger") == 1
+    assert ears.until_phase("r9", Phase.STARTING).job_id == job
+    until(lambda: not launcher.strangers())
+    assert not slurm.cancelled
+
+
 def test_a_record_that_is_of_no_job_is_removed_and_the_job_adopted(boot, slurm, state, ears):
     first = boot(SPEC)
     first.launch(SPEC, "r1")

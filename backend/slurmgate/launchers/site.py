@@ -85,9 +85,11 @@ class Site:
             if self._host.rename(one.row.job_id, str(replace(one.name, owner=self._desk.owner))):
                 taken += 1
                 log.info("%s: took over job %s of %s", self.name, one.row.job_id, owner)
-        if taken:
-            self._hurry()
         return taken
+
+    def look(self) -> None:
+        """List soon: jobs may be there that another site, or nobody of us, brought about."""
+        self._hurry()
 
     def wake(self) -> None:
         """Have whoever waits see that the launcher closes."""

@@ -155,12 +155,15 @@ class SlurmLauncher:
     def take_over(self, owner: str) -> int:
         """Give the jobs of another owner names of ours; listings then find and adopt them."""
         taken, problem = 0, None
-        for site in self._all_sites():
+        sites = self._all_sites()
+        for site in sites:
             try:
                 taken += site.take_over(owner)
             except SlurmgateError as error:
                 log.warning("%s: nothing taken over: %s", site.name, error)
                 problem = error
+        for site in sites if taken else ():  # several may see one cluster, in different ways
+            site.look()
         if problem is not None and not taken:
             raise problem
         return taken
