@@ -68,7 +68,10 @@ def run_render(args: argparse.Namespace) -> int:
     spec = config.load(args.config).gate
     state = StateDir.open(args.state_dir)
     target = args.dir / "nginx.conf"
-    nginx.write(nginx.render_for(spec, state), target)
+    try:
+        nginx.write(nginx.render_for(spec, state), target)
+    except OSError as error:
+        raise StateError(f"cannot write {target}: {error.strerror}") from error
     say(target)
     return 0
 

@@ -151,7 +151,10 @@ def _prepare_gate(gate: GateSpec, state: StateDir) -> ChildSpec:
     if unusable is not None:
         raise ConfigError([unusable])
     conf = nginx.conf_of(state)
-    nginx.write(nginx.render_for(gate, state), conf)
+    try:
+        nginx.write(nginx.render_for(gate, state), conf)
+    except OSError as error:  # a full disk, above all
+        raise StateError(f"cannot write {conf}: {error.strerror}") from error
     try:
         nginx.test(binary, conf)
     except ConfigError as error:

@@ -251,6 +251,15 @@ def test_an_unusable_configuration_is_said_and_nothing_starts(instance):
     assert instance.left() == []
 
 
+def test_a_configuration_of_nginx_that_cannot_be_written_is_said(instance):
+    instance.state.mkdir(mode=0o700)
+    (instance.state / "nginx" / "nginx.conf").mkdir(parents=True)
+    assert instance.up().wait(60) == 1
+    conf = f"{instance.state}/nginx/nginx.conf"
+    assert f"slurmgate: cannot write {conf}: Is a directory" in instance.log
+    assert "Traceback" not in instance.log
+
+
 def test_the_command_line_cannot_open_what_the_file_keeps_closed(instance):
     assert instance.up("--listen", f"0.0.0.0:{instance.port}").wait(60) == 1
     assert "not a loopback address" in instance.log
