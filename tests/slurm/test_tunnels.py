@@ -208,6 +208,17 @@ def test_an_open_tunnel_carries_http_and_leaves_nothing_when_closed(bench, share
     assert observer.told == [("opened", KEY, None)]
 
 
+def test_opening_an_open_tunnel_once_more_tells_that_it_is_open(bench, shared_sshd, service):
+    tunnels, observer = bench.backend()
+    route = Route(shared_sshd.ssh, HOST, service)
+    tunnels.open(KEY, route)
+    until(lambda: tunnels.is_open(KEY))
+    (child,) = bench.children()
+    tunnels.open(KEY, route)
+    until(lambda: observer.of("opened") == ["", ""])
+    assert bench.children() == [child]
+
+
 def test_a_child_starts_with_nothing_of_the_backend(bench, shared_sshd, service, monkeypatch):
     monkeypatch.setenv("SECRET", "x")
     inherited = os.open("/dev/null", os.O_RDONLY)

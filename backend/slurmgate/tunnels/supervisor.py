@@ -142,6 +142,8 @@ class Tunnels:
             prepare = self._prepare(key, route, None)
             link = UnixLink(self._means(route, teller, command, place, prepare), path)
         if self._known(name, link):
+            if self._links[name].is_open:
+                self._observer.opened(key)  # who asks once more may not have heard
             return
         self._close(name, found_too=False)
         self._links[name] = link
