@@ -161,7 +161,8 @@ def _decide_starting(service: Service, replica: Replica, now: float) -> Action |
     if replica.hopeless is not None:
         if replica.never_routable:
             return GiveUp(replica.id, replica.hopeless.reason)
-        return Close(replica.id, Drain.UNHEALTHY)
+        if now - replica.since >= spec.replace_after:  # it has served: a key may come back
+            return Close(replica.id, Drain.UNHEALTHY)
     began = replica.since  # an adopted one began long ago: what counts is what we see of it
     if replica.never_routable and replica.running_at is not None:
         began = replica.running_at

@@ -273,6 +273,13 @@ def test_an_adopted_replica_is_not_judged_by_the_time_before_its_adoption():
     assert snapshot.state(old, NOW) == "unknown"
 
 
+def test_an_adopted_replica_that_cannot_be_reached_is_not_replaced_at_once():
+    adopted = events.adopted(service(), sighting("r9"), NOW)
+    refused = events.hopeless(adopted, "r9", Refusal("cannot-start", "the login was refused"))
+    assert decide(refused, NOW, NOW + 119) == ()
+    assert decide(refused, NOW, NOW + 120)[0] == Close("r9", Drain.UNHEALTHY)
+
+
 def test_an_adopted_replica_that_ends_before_the_first_report_is_no_failed_start():
     old = events.adopted(service(demand=WAITING), sighting("r9"), NOW)
     after = events.ended(old, "r9", DIED, (), NOW)
