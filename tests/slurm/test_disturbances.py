@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from tests.slurm.product import ClusterProduct, ask
+from tests.slurm.product import ClusterProduct, ask, serving
 from tests.waiting import until
 
 
@@ -91,6 +91,18 @@ def test_a_node_is_set_down(own_product: ClusterProduct):
     own_product.lab.run("scontrol", "update", f"NodeName={job.node}", "State=DOWN", "Reason=test")
     assert answered(own_product) != pid
     assert until(own_product.live)[0].node != job.node
+
+
+def test_a_node_that_cannot_launch_the_job_is_left_for_another(tmp_path, own_lab):
+    prolog = tmp_path / "prolog.sh"  # fails on one node, which Slurm then drains
+    prolog.write_text('#!/bin/sh\n[ "$SLURMD_NODENAME" != n1 ]\n')
+    prolog.chmod(0o755)
+    with serving(ClusterProduct(tmp_path, own_lab(Prolog=prolog))) as product:
+        product.job()
+        product.up()
+        answered(product)
+        assert [job.node for job in product.live()] != ["n1"]
+        until(lambda: "launch failed requeued held" in product.tail())
 
 
 def test_a_preempted_job_is_queued_again_and_found_on_its_next_node(product: ClusterProduct):
