@@ -71,7 +71,7 @@ def slurm_crowd(quick: bool) -> Outcome:
         script = lab.script("fast.sh", fast_script(product.folder, f"$({lab.address_script})"))
         cluster_service(product, NAME, script, max_waiting=2 * SIZE)
         product.up()
-        rounds = [_hold_and_release(product, lab) for _ in range(1 if quick else 5)]
+        rounds = [_hold_and_release(product, lab) for _ in range(1 if quick else 3)]
     count = len(rounds)
     answered, jobs, last = (
         [r.answered for r in rounds],

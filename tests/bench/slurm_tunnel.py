@@ -152,9 +152,9 @@ def slurm_tunnel(quick: bool) -> Outcome:
     anywhere = Cores(*[cores.proxy | cores.client | cores.service] * 3)
     wanted = 4 if quick else 15
     with _running() as ways:
-        free = _measure(_small(ways), wanted // 2, CONNECTIONS, anywhere)
+        free = _measure(_small(ways), wanted // 3, CONNECTIONS, anywhere)
         small = _measure(_small(ways), wanted, CONNECTIONS, cores)
-        large = _measure(_large(ways), wanted, 1, cores)
+        large = _measure(_large(ways), wanted // 2, 1, cores)
     figures = [
         _quotient("small requests", small, "bare", 0.9),
         _quotient(f"one {LARGE_MB} MB answer", large, "bare", 0.9),
