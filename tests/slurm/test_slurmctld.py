@@ -40,6 +40,8 @@ def outage(product: ClusterProduct, begin: Callable[[], None], end: Callable[[],
     product.up()
     product.get("/probe/pid")
     (job,) = product.live()
+    saved = product.lab.folder / "slurmctld" / "job_state"
+    until(lambda: saved.exists() and job.name.encode() in saved.read_bytes())
     traffic = Traffic(product)
     begin()
     began = time.monotonic()
