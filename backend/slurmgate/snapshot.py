@@ -14,6 +14,7 @@ from slurmgate.observed import LAUNCHING, Replica, Service
 ENDPOINT_PHASES = frozenset({Phase.STARTING, Phase.READY, Phase.DRAINING})
 DEFAULT_ESTIMATE = 10.0
 DISABLED_RETRY = 60.0
+ESTIMATE_STEP = 30.0
 _LAUNCH_WORDS = {
     Phase.SUBMITTED: "being submitted",
     Phase.PENDING: "queued",
@@ -65,6 +66,12 @@ def estimate(service: Service, now: float) -> float:
     return max(1.0, expected - max(launching, default=0.0))
 
 
+def _start_expected(service: Service) -> int | None:
+    """When the scheduler means to start it, so roughly that few changes of its mind are news."""
+    expected = [r.starts_at for r in service.replicas if _queued(r) and r.starts_at is not None]
+    return round(min(expected) / ESTIMATE_STEP) if expected else None
+
+
 def _queued(replica: Replica) -> bool:
     return replica.phase is Phase.PENDING
 
@@ -95,6 +102,7 @@ def essence(service: Service, now: float) -> dict[str, Any]:
         "state": state(service, now),
         "reason": reason(service, now),
         "refusal": refusal(service, now),
+        "starts_at": _start_expected(service),
         "hold_timeout": spec.hold_timeout,
         "max_waiting": spec.max_waiting,
         "replay": spec.replay,

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import httpx
@@ -15,6 +16,13 @@ from slurmgate import procfs
 from tests.lab.lab import ROOT, Lab
 from tests.lab.place import free_ports
 from tests.waiting import until
+
+
+@pytest.fixture
+def short_path():
+    """A folder with a path that leaves room for the names of sockets below it."""
+    with tempfile.TemporaryDirectory(prefix="sg-lab-") as folder:
+        yield Path(folder)
 
 
 def login(lab: Lab, command: str, *options: str) -> subprocess.CompletedProcess[str]:
@@ -93,13 +101,13 @@ def commands(lab: Lab) -> list[str]:
     return [path.read_text().strip() for path in names if path.exists()]
 
 
-def test_a_lab_ends_with_the_process_that_made_it(tmp_path):
+def test_a_lab_ends_with_the_process_that_made_it(short_path):
     made = (
         "import sys, time, pathlib; from tests.lab.lab import Lab;"
         "lab = Lab(pathlib.Path(sys.argv[1])).start(); lab.sbatch('--wrap=sleep 600');"
         "print(lab.processes(), flush=True); time.sleep(600)"
     )
-    argv = [sys.executable, "-c", made, str(tmp_path / "lab")]
+    argv = [sys.executable, "-c", made, str(short_path / "lab")]
     with subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True) as maker:
         assert maker.stdout is not None
         pids = [int(pid) for pid in maker.stdout.readline().strip("[]\n").split(",")]
@@ -211,10 +219,10 @@ def test_settings_of_slurm_can_be_changed(own_lab):
     assert "time limit" in refused.stderr
 
 
-def test_serving_for_a_container_runs_jobs_of_people_who_log_in(tmp_path, lab):
+def test_serving_for_a_container_runs_jobs_of_people_who_log_in(short_path, lab):
     port, control_port = free_ports(2)
     argv = [
-        *(sys.executable, "-m", "tests.lab", "serve", str(tmp_path / "lab")),
+        *(sys.executable, "-m", "tests.lab", "serve", str(short_path / "lab")),
         *("--listen", "127.0.0.1", "--ssh-port", str(port), "--control-port", str(control_port)),
         *("--authorized-key", str(lab.key_file.with_suffix(".pub"))),
     ]
@@ -222,7 +230,7 @@ def test_serving_for_a_container_runs_jobs_of_people_who_log_in(tmp_path, lab):
         assert served.stdout is not None
         word, key = served.stdout.readline().split(" ", 1)
         assert word == "host-key"
-        known_hosts = tmp_path / "known_hosts"
+        known_hosts = short_path / "known_hosts"
         known_hosts.write_text(f"[127.0.0.1]:{port} {key}")
         assert served.stdout.readline() == "ready\n"
         done = subprocess.run(
@@ -237,4 +245,4 @@ def test_serving_for_a_container_runs_jobs_of_people_who_log_in(tmp_path, lab):
         served.send_signal(signal.SIGTERM)
         assert served.wait(30) == 0
     assert os.uname().nodename in done.stdout, done.stderr
-    assert not (tmp_path / "lab").exists()
+    assert not (short_path / "lab").exists()

@@ -490,3 +490,12 @@ def test_a_silent_replica_is_not_replaced_while_its_login_host_is_away():
     assert snapshot.reason(cut_off, NOW) == "not healthy: away"
     back = with_replica(cut_off, replace(silent, progress=None))
     assert decide(back, NOW, NOW) == (Close("r1", Drain.UNHEALTHY),)
+
+
+def test_the_gate_hears_of_another_estimate_of_the_scheduler_but_not_of_each_second():
+    def told(starts_at):
+        waiting = events.launched(submitted(), replace(PENDING, starts_at=starts_at), NOW)
+        return snapshot.essence(waiting, NOW)
+
+    assert told(NOW + 10) == told(NOW + 11)
+    assert told(NOW + 10) != told(NOW + 600)
