@@ -299,7 +299,7 @@ def test_a_refusal_comes_at_once_in_words(lab, boot, state, changes, words):
 
 
 def test_a_host_that_cannot_be_reached_is_named(lab, boot, state, monkeypatch):
-    monkeypatch.setattr("slurmgate.launchers.contact.PATIENCE", 1.0)
+    monkeypatch.setattr("slurmgate.launchers.contact.PATIENCE", 6.0)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     spec = service(lab, ssh=replace(login(lab), host="127.0.0.1", port=port))
@@ -309,7 +309,7 @@ def test_a_host_that_cannot_be_reached_is_named(lab, boot, state, monkeypatch):
     began = time.monotonic()
     with pytest.raises(CannotStart, match=r"127\.0\.0\.1"):
         backend.launcher.launch(spec, "r2")
-    assert time.monotonic() - began < 1.0
+    assert time.monotonic() - began < 5.0, "it was known to be away"
     assert Records(state.replicas).read_all() == []
 
 
