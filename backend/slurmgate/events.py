@@ -128,6 +128,7 @@ def failed(service: Service, code: str, reason: str, log: tuple[str, ...], now: 
         failure=Failure(code, reason, log, now, now + backoff),
         start_lease=False,
         lease_void_before=now,
+        ports_taken=0,
     )
 
 

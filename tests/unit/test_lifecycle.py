@@ -466,6 +466,7 @@ def test_a_taken_port_is_tried_again_at_once_and_not_for_ever():
         trying = events.ended(replace(trying, replicas=(starting(),)), "r1", taken, (), NOW)
         tries += 1
     assert tries == events.PORTS_TRIED + 1
+    assert trying.ports_taken == 0, "the next start may try as often"
 
 
 def test_the_way_to_a_silent_replica_is_made_anew_once_and_never_while_it_is_in_use():
