@@ -146,8 +146,10 @@ def test_the_ssh_server_takes_options_and_gives_them_back(own_lab):
 
 def test_cutting_sessions_leaves_the_server(own_lab):
     lab = own_lab()
-    with subprocess.Popen(login_argv(lab, "sleep 600"), stderr=subprocess.DEVNULL) as session:
-        until(lambda: lab.sshd.sessions())
+    argv = login_argv(lab, "echo in; exec sleep 600")
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as session:
+        assert session.stdout is not None
+        assert session.stdout.readline() == b"in\n"
         lab.sshd.cut()
         assert session.wait(20) == 255
     assert login(lab, "echo here").stdout == "here\n"
