@@ -175,7 +175,7 @@ def forwarded(lab: Lab, here: str, address: str, port: int) -> Iterator[int]:
     try:
         yield process.pid
     finally:
-        process.terminate()
+        process.kill()  # asked to end, it may wait for connections that go on
         process.wait(20)
 
 
