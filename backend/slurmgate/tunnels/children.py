@@ -53,11 +53,6 @@ class Child:
         self._kill: Timer | None = None
         loop.watch(pidfd, self._exited)
 
-    @property
-    def ending(self) -> bool:
-        """Whether somebody asked for its end."""
-        return self._kill is not None
-
     def end(self, patience: float, then: Callable[[], None] | None = None) -> None:
         """Ask it to end and kill it after ``patience`` seconds; ``then`` is called at its end."""
         self._on_exit = None if then is None else lambda _child, _words: then()
