@@ -67,7 +67,8 @@ class ServiceSpec:
     """One entry of ``Services``, validated and with every default filled in.
 
     ``remote_port`` is None for ``auto``. ``folder`` is the directory of the configuration file;
-    the process launcher resolves ``bash_file`` against it and runs the service there.
+    the process launcher resolves ``bash_file`` against it and runs the service there. ``affinity``
+    is the name of a header. ``renew_before`` is None when recent starts decide, 0 for never.
     """
 
     name: str
@@ -90,6 +91,11 @@ class ServiceSpec:
     local_host: str | None = None
     local_port: int | None = None
     replicas: ReplicaBounds = field(default_factory=ReplicaBounds)
+    scale_up_after: float = 5.0
+    affinity: str | None = None
+    renew_before: float | None = None
+    max_starts_per_hour: int = 30
+    max_pending: int = 3
     hold_timeout: float = 3600.0
     start_timeout: float = 1800.0
     queue_timeout: float = 0.0
@@ -203,12 +209,14 @@ class Fault(StrEnum):
 class End:
     """How a replica ended, in a clause such as ``job 4711 was cancelled``, and whose fault it is.
 
-    ``code`` is what requests held for it are refused with.
+    ``code`` is what requests held for it are refused with. ``bad_node`` names the node that failed,
+    when it was the node's doing.
     """
 
     reason: str
     fault: Fault = Fault.SERVICE
     code: str = "start-failed"
+    bad_node: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

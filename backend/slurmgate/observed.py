@@ -14,7 +14,7 @@ from enum import StrEnum
 from slurmgate.model import Health, Phase, ServiceSpec
 
 LAUNCHING = frozenset({Phase.SUBMITTED, Phase.PENDING, Phase.RUNNING, Phase.STARTING})
-RECENT_COLD_STARTS = 20
+RECENT_STARTS = 100
 COLD_START_BOUNDS = (0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)
 
 
@@ -27,6 +27,7 @@ class Drain(StrEnum):
     ADMIN = "stopped by an operator"
     UNHEALTHY = "unhealthy"
     SURPLUS = "one more than wanted"
+    ENDING = "its time limit is near"
     SILENT = "gate silent"
 
 
@@ -111,6 +112,33 @@ class Failure:
     log: tuple[str, ...]
     at: float
     retry_at: float
+
+
+class Outcome(StrEnum):
+    """What became of a start: ``lost`` by nobody's fault, ``cancelled`` because nobody wanted it."""
+
+    READY = "ready"
+    FAILED = "failed"
+    LOST = "lost"
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """One start that has come to its end: durations in seconds, None for what was never reached.
+
+    ``ended`` is a point in time; ``queue_s`` ends where it began to run, ``start_s`` begins there.
+    """
+
+    service: str
+    replica: str
+    ended: float
+    outcome: Outcome
+    queue_s: float | None = None
+    start_s: float | None = None
+    reason: str | None = None
+    job_id: str | None = None
+    node: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from slurmgate.model import End, ServiceSpec, Sighting, Stranger
+from slurmgate.observed import Start
 
 
 class Clock(Protocol):
@@ -43,11 +44,24 @@ class Adoption:
     unlisted: frozenset[str] = frozenset()
 
 
+class History(Protocol):
+    """Keeps the starts that have ended; callable from any thread, never blocks, never fails."""
+
+    def recent(self) -> Sequence[Start]:
+        """Those that are kept, oldest first, ``ended`` on this process's clock."""
+
+    def add(self, start: Start) -> None:
+        """Keep one more."""
+
+
 class Launcher(Protocol):
     """Starts, stops and adopts replicas. Methods may block; they run on pool threads."""
 
-    def launch(self, spec: ServiceSpec, replica: str) -> Sighting:
-        """Start one replica; raise StartRefused or CannotStart when nothing was started."""
+    def launch(self, spec: ServiceSpec, replica: str, avoid: Sequence[str] = ()) -> Sighting:
+        """Start one replica; raise StartRefused or CannotStart when nothing was started.
+
+        ``avoid`` names nodes where it shall not run.
+        """
 
     def stop(self, replica: str) -> None:
         """End the replica's processes or job; idempotent. Returns when it is done or under way."""
