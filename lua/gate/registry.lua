@@ -62,6 +62,11 @@ local function compile_replica(entry, known, service, at)
     return replica
 end
 
+-- The nginx variable with a request's header of that name, or nil without one.
+local function header_variable(name)
+    return name and "http_" .. name:lower():gsub("%-", "_") or nil
+end
+
 local function compile_service(entry, known, at)
     local service = {
         name = entry.name, route = entry.route_name, retired = entry.retired == true,
@@ -72,6 +77,8 @@ local function compile_service(entry, known, at)
         retry_after_s = value(entry.retry_after_s), hold_timeout = entry.hold_timeout,
         max_waiting = entry.max_waiting, replay = entry.replay,
         read_timeout = entry.read_timeout, health = entry.health,
+        max_in_flight = value(entry.max_in_flight) or 0, -- per replica; 0: no bound
+        affinity = header_variable(value(entry.affinity)),
         use_key = store.tag() .. ":u:" .. entry.name, requests_key = "requests:" .. entry.name,
         replicas = {}, routable = {},
     }
