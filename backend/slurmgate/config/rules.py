@@ -17,6 +17,7 @@ from urllib.parse import quote
 
 from slurmgate.config.cluster import ONLY_SSH, check_cluster
 from slurmgate.config.listen import listen_problem
+from slurmgate.config.replicas import check_fixed_ports, check_replicas
 from slurmgate.config.report import JsonPath, Report, show_value
 from slurmgate.config.specs import parse_size, resolve
 
@@ -56,6 +57,8 @@ _ONLY_SLURM = (
     "sbatch_args",
     "queue_timeout",
     "abandon_timeout",
+    "renew_before",
+    "max_pending",
 )
 
 
@@ -68,11 +71,13 @@ def apply_rules(document: Entry, folder: Path, report: Report) -> None:
     _gate(document.get("gate", {}), folder, report)
     services = list(_services(document))
     _unique_fields(services, report)
+    check_fixed_ports(services, report)
     for path, entry in services:
         _paths(entry, path, report)
         _environment(entry, path, report)
         _ranges(entry, path, report)
         _features_to_come(entry, path, report)
+        check_replicas(entry, path, report)
         if report.has_problem((*path, "launcher")):
             continue  # which of the two was meant is not known
         if _launcher(entry) == "process":
@@ -110,7 +115,6 @@ def _unique_fields(services: list[tuple[JsonPath, Entry]], report: Report) -> No
     names = _Unique("name", report)
     routes = _Unique("route", report)
     models = _Unique("model", report)
-    ports = _Unique("fixed port", report)
     local_ports = _Unique("local port", report)
     for path, entry in services:
         if "name" in entry:
@@ -120,14 +124,7 @@ def _unique_fields(services: list[tuple[JsonPath, Entry]], report: Report) -> No
         for index, model in enumerate(entry.get("models", [])):
             if model is not None:
                 models.take(model, (*path, "models", index), model)
-        launcher = _launcher(entry)
-        host = None if launcher == "process" else entry.get("remote_host")
-        port = entry.get("remote_port", "auto")
-        if port != "auto":
-            # Jobs that other arguments send to other nodes may well use the same port there.
-            args = () if launcher == "process" else tuple(entry.get("sbatch_args", ()))
-            ports.take((launcher, host, port, args), (*path, "remote_port"), port)
-        if "local_port" in entry and launcher != "process":
+        if "local_port" in entry and _launcher(entry) != "process":
             where = (entry.get("local_host", "127.0.0.1"), entry["local_port"])
             local_ports.take(where, (*path, "local_port"), entry["local_port"])
 
@@ -173,9 +170,6 @@ def _ranges(entry: Entry, path: JsonPath, report: Report) -> None:
     ):
         if bounds and None not in bounds and bounds[0] > bounds[1]:
             report.problem(where, f"{json.dumps(bounds)} has the larger number first; swap them")
-    replicas = entry.get("replicas", {})
-    if replicas.get("min", 0) > replicas.get("max", 1):
-        report.problem((*path, "replicas"), '"min" is larger than "max"')
 
 
 def _features_to_come(entry: Entry, path: JsonPath, report: Report) -> None:
@@ -184,16 +178,6 @@ def _features_to_come(entry: Entry, path: JsonPath, report: Report) -> None:
         report.problem(
             (*path, "models"), "routing by model is not in this version; leave it out for now"
         )
-    replicas = entry.get("replicas", {})
-    for key, only in (("min", 0), ("max", 1), ("max_in_flight", 0)):
-        if replicas.get(key, only) != only:
-            report.problem(
-                (*path, "replicas", key),
-                f"{show_value(replicas[key])} needs a feature that is not in this version; "
-                f"it should be {only} for now",
-            )
-    if "target_in_flight" in replicas:
-        report.warn((*path, "replicas", "target_in_flight"), 'has no effect while "max" is 1')
 
 
 def _process(entry: Entry, path: JsonPath, folder: Path, report: Report) -> None:

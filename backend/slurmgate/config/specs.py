@@ -78,6 +78,11 @@ def _ports(values: list[float]) -> tuple[int, int]:
     return (int(values[0]), int(values[1]))
 
 
+def header_of(affinity: str) -> str | None:
+    """Name of the header in ``header:X-Session``; None of ``none``."""
+    return affinity.partition(":")[2] or None
+
+
 def _environment(env: dict[str, str]) -> tuple[tuple[str, str], ...]:
     return tuple(env.items())
 
@@ -114,6 +119,9 @@ _SERVICE: Converters = {
     "port_range": _ports,
     "env": _environment,
     "replicas": _replicas,
+    "scale_up_after": float,
+    "affinity": header_of,
+    "max_starts_per_hour": int,
     "hold_timeout": float,
     "start_timeout": float,
     "drain_timeout": float,
@@ -131,6 +139,8 @@ _SLURM: Converters = {
     "sbatch_args": tuple,
     "local_host": str,
     "local_port": int,
+    "renew_before": float,
+    "max_pending": int,
     "queue_timeout": float,
     "abandon_timeout": float,
 }

@@ -1,0 +1,155 @@
+"""Rules for the number of replicas and what follows from it: bounds, scaling, fixed ports.
+
+The fields passed the schema; no state.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from slurmgate.config.report import JsonPath, Report, show_value
+from slurmgate.config.specs import header_of
+
+Entry = dict[str, Any]
+
+_HIGHEST_PORT = 65535
+_DEFAULT_STARTS = 30
+# Headers with other characters never reach the gate's choice: nginx drops them.
+_DROPPED_BY_NGINX = frozenset("!#$%&'*+.^_`|~")
+
+
+@dataclass(frozen=True, slots=True)
+class _Ports:
+    """Fixed ports of one service, first and last included; ``index`` is its place in the file."""
+
+    first: int
+    last: int
+    index: int
+
+
+def check_replicas(entry: Entry, path: JsonPath, report: Report) -> None:
+    """Check the fields of one service that say how many replicas it has, and when."""
+    where = (*path, "replicas")
+    replicas = entry.get("replicas", {})
+    if any(report.has_problem((*where, key)) for key in ("min", "max")):
+        return  # how many were meant is not known
+    least, most = int(replicas.get("min", 0)), int(replicas.get("max", 1))
+    if least > most:
+        report.problem(
+            (*where, "min"),
+            f'{least} is larger than "max"; it should be at most {most}, or "max" more',
+        )
+        return
+    for place, text in _without_effect(entry, least, most):
+        report.warn((*path, *place), text)
+    for place, text in _at_odds(entry, most):
+        report.warn((*path, *place), text)
+
+
+def _without_effect(entry: Entry, least: int, most: int) -> Iterator[tuple[JsonPath, str]]:
+    if least < most and most > 1:
+        return
+    same = '"max" is 1' if most == 1 else f'"min" and "max" are both {most}'
+    if "target_in_flight" in entry.get("replicas", {}):
+        yield ("replicas", "target_in_flight"), f"has no effect while {same}"
+    if "scale_up_after" in entry:
+        yield ("scale_up_after",), f"has no effect while {same}"
+    if most == 1 and header_of(entry.get("affinity", "none")) is not None:
+        yield ("affinity",), f"has no effect while {same}"
+
+
+def _at_odds(entry: Entry, most: int) -> Iterator[tuple[JsonPath, str]]:
+    replicas = entry.get("replicas", {})
+    target, bound = replicas.get("target_in_flight", 0), replicas.get("max_in_flight", 0)
+    if most > 1 and target > bound > 0:
+        yield (
+            ("replicas", "target_in_flight"),
+            f'is more than a replica ever has: "max_in_flight" {bound} decides',
+        )
+    starts = int(entry.get("max_starts_per_hour", _DEFAULT_STARTS))
+    if most > starts:
+        yield (
+            ("replicas", "max"),
+            f'{most} replicas take more than an hour to start: "max_starts_per_hour" is {starts}',
+        )
+    header = header_of(entry.get("affinity", "none"))
+    if header is not None and _DROPPED_BY_NGINX.intersection(header):
+        yield (
+            ("affinity",),
+            "no request has this: the gate takes headers of letters, digits and '-' only",
+        )
+
+
+def check_fixed_ports(services: list[tuple[JsonPath, Entry]], report: Report) -> None:
+    """Refuse fixed ports that two services would use on the same nodes.
+
+    Replicas count upward from ``remote_port``: one for each, and one for a replacement. A service
+    with one replica has claimed that port alone in every version, and next to it stand others.
+    """
+    by_place: defaultdict[Hashable, list[_Ports]] = defaultdict(list)
+    for index, (path, entry) in enumerate(services):
+        ports = _fixed_ports(entry, path, index, report)
+        if ports is not None:
+            by_place[_place(entry)].append(ports)
+    for together in by_place.values():
+        for one, other in _overlaps(together):
+            early, late = sorted((one, other), key=lambda ports: ports.index)
+            path = services[late.index][0]
+            owner = services[early.index][0]
+            report.problem((*path, "remote_port"), _overlap(late, early, f"Services[{owner[1]}]"))
+
+
+def _fixed_ports(entry: Entry, path: JsonPath, index: int, report: Report) -> _Ports | None:
+    port = entry.get("remote_port", "auto")
+    if port == "auto":
+        return None
+    first, most = int(port), int(entry.get("replicas", {}).get("max", 1))
+    last = first if most == 1 else first + most
+    if last > _HIGHEST_PORT:
+        highest = _HIGHEST_PORT - most
+        right = f'at most {highest}, or "auto"' if highest > 0 else '"auto"'
+        report.problem(
+            (*path, "remote_port"),
+            f'{first} leaves too few ports above it for {most} replicas ("max") and a '
+            f"replacement; it should be {right}",
+        )
+        return None
+    return _Ports(first, last, index)
+
+
+def _place(entry: Entry) -> Hashable:
+    """Where the ports of a service are: services of one place may meet on a node."""
+    if entry.get("launcher", "slurm") == "process":
+        return "process"
+    # Jobs that other arguments send to other nodes may well use the same port there.
+    return (entry.get("remote_host"), tuple(entry.get("sbatch_args", ())))
+
+
+def _overlaps(together: list[_Ports]) -> Iterator[tuple[_Ports, _Ports]]:
+    """Give each that meets one before it, with that one; from low ports to high ones."""
+    before: _Ports | None = None
+    for ports in sorted(together, key=lambda ports: (ports.first, ports.index)):
+        if before is not None and ports.first <= before.last:
+            yield before, ports
+        if before is None or ports.last > before.last:
+            before = ports
+
+
+def _overlap(late: _Ports, early: _Ports, owner: str) -> str:
+    shown = show_value(late.first)
+    if late.first == early.first:
+        return f"{shown} is the fixed port of {owner} already; it should be unique"
+    counting = "counted upward, one for each replica and one for a replacement"
+    if late.first == late.last:
+        return f"{shown} is among the ports {early.first} to {early.last} of {owner}, {counting}"
+    return (
+        f"the ports {shown} to {late.last}, {counting}, meet {_shown(early)} of {owner}; "
+        'they should be apart, or "auto"'
+    )
+
+
+def _shown(ports: _Ports) -> str:
+    return f"{ports.first}" if ports.first == ports.last else f"{ports.first} to {ports.last}"
