@@ -11,7 +11,7 @@ import logging
 import shlex
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from slurmgate.errors import CannotStart, SlurmgateError
@@ -105,9 +105,11 @@ class Host:
         self._nodes: dict[str, tuple[float, NodePlace]] = {}
         self._unknown: set[str] = set()
 
-    def submit(self, spec: ServiceSpec, name: JobName) -> Submitted | Refusal | Doubt:
+    def submit(
+        self, spec: ServiceSpec, name: JobName, avoid: Sequence[str] = ()
+    ) -> Submitted | Refusal | Doubt:
         """Submit a job. CannotStart, HostAway: it was not sent; Unfinished: nobody knows."""
-        script = slurm_submit.submit_script(spec, str(name), name.replica, name.port)
+        script = slurm_submit.submit_script(spec, str(name), name.replica, name.port, avoid)
         output = self._run(script, SUBMIT)
         found = slurm_submit.read_submission(output.code, output.out, output.err)
         if isinstance(found, NotInstalled):

@@ -26,7 +26,8 @@ class Moment:
 class Post:
     """``spec`` is there when it can be submitted again. ``created`` is the monotonic clock when
     the record says it was. ``address`` is that of the node of one start. Not ``told``: nobody
-    knows of the replica, it was being stopped when the backend before this one ended.
+    knows of the replica, it was being stopped when the backend before this one ended. ``avoid``
+    names nodes where the job shall not run, however often it is submitted.
     """
 
     record: Record
@@ -36,6 +37,7 @@ class Post:
     fixed: bool = False
     address: tuple[int, str] | None = None
     told: bool = True
+    avoid: tuple[str, ...] = ()
 
     @property
     def replica(self) -> str:
@@ -49,7 +51,9 @@ class Post:
         return self.record.job
 
 
-def new(spec: ServiceSpec, name: JobName, boot: str, at: Moment) -> Post:
+def new(
+    spec: ServiceSpec, name: JobName, boot: str, at: Moment, avoid: tuple[str, ...] = ()
+) -> Post:
     """Make the post of a replica that is about to be submitted, or was found without a record."""
     local = None
     if spec.local_port is not None:
@@ -72,7 +76,7 @@ def new(spec: ServiceSpec, name: JobName, boot: str, at: Moment) -> Post:
             local=local,
         ),
     )
-    return Post(record, name, at.now, spec, fixed=spec.remote_port is not None)
+    return Post(record, name, at.now, spec, fixed=spec.remote_port is not None, avoid=avoid)
 
 
 def recorded(record: Record, spec: ServiceSpec | None, at: Moment) -> Post | None:

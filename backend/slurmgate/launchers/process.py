@@ -69,8 +69,11 @@ class ProcessLauncher:
         self._closing = False
         self._watcher = Watcher(self._ended)
 
-    def launch(self, spec: ServiceSpec, replica: str) -> Sighting:
-        """Start one replica; StartRefused, with nothing left behind, when that is impossible."""
+    def launch(self, spec: ServiceSpec, replica: str, avoid: Sequence[str] = ()) -> Sighting:
+        """Start one replica; StartRefused, with nothing left behind, when that is impossible.
+
+        There is one node, this machine: ``avoid`` changes nothing.
+        """
         argv = spawn.command(spec)
         port = self._reserve(spec, replica)
         try:

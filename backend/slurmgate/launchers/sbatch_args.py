@@ -26,7 +26,9 @@ _SHORT_NAMES = {
     "t": "time",
     "u": "usage",
     "V": "version",
+    "w": "nodelist",
     "W": "wait",
+    "x": "exclude",
 }
 _LONG_WITHOUT = frozenset(
     {

@@ -180,7 +180,7 @@ class Site:
                 return None
             who = f"service {post.record.service} replica {replica}"
             log.info("%s: submitting it to %s", who, self.name)
-            answer = self._host.submit(post.spec, post.name)
+            answer = self._host.submit(post.spec, post.name, post.avoid)
             known = True
         except (HostAway, CannotStart, StartRefused) as error:
             known = True

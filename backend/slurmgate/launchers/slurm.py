@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from slurmgate import procfs
 from slurmgate.errors import CannotStart, SlurmgateError, StartRefused
-from slurmgate.launchers import posts
+from slurmgate.launchers import avoiding, posts
 from slurmgate.launchers.crew import Crew
 from slurmgate.launchers.host import Host
 from slurmgate.launchers.job import Stage
@@ -112,12 +112,15 @@ class SlurmLauncher:
             site.start(frozenset(services))
         return Adoption(tuple(sightings), frozenset().union(*names.values()))
 
-    def launch(self, spec: ServiceSpec, replica: str) -> Sighting:
-        """Submit the job of a replica; its record is on the disk before that."""
+    def launch(self, spec: ServiceSpec, replica: str, avoid: Sequence[str] = ()) -> Sighting:
+        """Submit the job of a replica; its record is on the disk before that.
+
+        Nodes to avoid that are not named as nodes are, or that the service insists on, are not.
+        """
         site, fresh = self._site(spec.ssh, spec.remote_setup)
         if fresh:
             site.start()
-        post = self._reserve(spec, replica, site)
+        post = self._reserve(spec, replica, site, avoiding.nameable(avoid))
         try:
             return site.launch(post)
         except SlurmgateError:
@@ -307,7 +310,7 @@ class SlurmLauncher:
         if was_reached:
             site.crew.connected(post.replica, job.gen, endpoint)
 
-    def _reserve(self, spec: ServiceSpec, replica: str, site: Site) -> Post:
+    def _reserve(self, spec: ServiceSpec, replica: str, site: Site, avoid: tuple[str, ...]) -> Post:
         """Choose the port of a replica and keep it for it."""
         with self._lock:
             if self._refusing:
@@ -322,7 +325,7 @@ class SlurmLauncher:
                 port = _counted(spec, mine)
             self._held[replica] = _Held(site, spec.name, port)
         name = JobName(self.instance, self.owner, replica, port, spec.start_hash(), spec.route_name)
-        return posts.new(spec, name, self._boot, self._moment())
+        return posts.new(spec, name, self._boot, self._moment(), avoid)
 
     def _free_port(self, bounds: tuple[int, int], site: Site) -> int:
         """Choose a port that no replica there has and that was not found taken lately."""

@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from slurmgate.launchers import sbatch_args
+from slurmgate.launchers import avoiding, sbatch_args
 from slurmgate.launchers.slurm_refusals import MARK, Refusal, refusal
 from slurmgate.model import ServiceSpec
 
@@ -124,11 +125,14 @@ def script_path(bash_file: str) -> str:
     return '"$HOME"/' + shlex.quote(bash_file)
 
 
-def submit_script(spec: ServiceSpec, name: str, replica: str, port: int) -> str:
+def submit_script(
+    spec: ServiceSpec, name: str, replica: str, port: int, avoid: Sequence[str] = ()
+) -> str:
     """Shell text that submits one job; what it prints is for ``read_submission``.
 
     ``name`` is the job name of this replica. The script is looked at where it is: without an
-    output file of its own or in ``sbatch_args`` the job writes to ``~/.slurmgate/logs``.
+    output file of its own or in ``sbatch_args`` the job writes to ``~/.slurmgate/logs``. Nodes in
+    ``avoid`` are excluded beside those that the user excludes.
     """
     variables = [
         *spec.env,
@@ -149,7 +153,9 @@ def submit_script(spec: ServiceSpec, name: str, replica: str, port: int) -> str:
             "sg_output=\n" if has_output else _OWN_OUTPUT,
             _OWN_EXPORT if given_export is None else f"sg_export={shlex.quote(given_export)}\n",
             _EXPORT.format(names=",".join(name for name, _ in variables)),
+            avoiding.text(spec.sbatch_args, avoid),
             f'set -- "$sg_sbatch" {shlex.join(own)} "--export=$sg_export" '
+            '${sg_exclude:+"--exclude=$sg_exclude"} '
             f'${{sg_output:+"$sg_output"}} "$sg_script" {port}\n',
             # From here on nothing but "$@" is read: these may be called anything, PATH as well.
             exports,
