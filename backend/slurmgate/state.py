@@ -5,6 +5,7 @@ On disk, all of it 0700 / 0600 and owned by the user Slurmgate runs as:
     owner, instance, admin-token    made on first start, then kept
     management                      "disabled" while service management is off
     children.json                   the backend and the gate that ``up`` runs
+    history.jsonl                   the last starts and what became of them
     run-directory                   name of the directory that holds the sockets
     up.lock, backend.lock           held by whoever runs; the kernel frees them with their process
     replicas/  logs/  nginx/        records, output of processes, the rendered configuration
@@ -138,6 +139,11 @@ class StateDir:
     def children(self) -> Path:
         """Where ``up`` keeps which backend and which gate run."""
         return self.path / "children.json"
+
+    @property
+    def history(self) -> Path:
+        """The last starts and what became of them."""
+        return self.path / "history.jsonl"
 
     @property
     def control_socket(self) -> Path:
