@@ -17,6 +17,7 @@ Entry = dict[str, Any]
 
 _HIGHEST_PORT = 65535
 _DEFAULT_STARTS = 30
+_DEFAULT_PORTS = (20000, 29999)
 # Headers with other characters never reach the gate's choice: nginx drops them.
 _DROPPED_BY_NGINX = frozenset("!#$%&'*+.^_`|~")
 
@@ -69,12 +70,18 @@ def _at_odds(entry: Entry, most: int) -> Iterator[tuple[JsonPath, str]]:
             ("replicas", "target_in_flight"),
             f'is more than a replica ever has: "max_in_flight" {bound} decides',
         )
-    starts = int(entry.get("max_starts_per_hour", _DEFAULT_STARTS))
+    starts = entry.get("max_starts_per_hour", _DEFAULT_STARTS)
     if most > starts:
         yield (
             ("replicas", "max"),
             f'{most} replicas take more than an hour to start: "max_starts_per_hour" is {starts}',
         )
+    lowest, highest = entry.get("port_range", _DEFAULT_PORTS)
+    if most > 1 and entry.get("remote_port", "auto") == "auto" and None not in (lowest, highest):
+        ports = int(highest) - int(lowest) + 1
+        if 0 < ports <= most:
+            needed = f"{most} replicas and a replacement need {most + 1}"
+            yield ("port_range",), f"has {ports} ports; {needed}"
     header = header_of(entry.get("affinity", "none"))
     if header is not None and _DROPPED_BY_NGINX.intersection(header):
         yield (
