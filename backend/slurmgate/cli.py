@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from slurmgate import __version__, commands, log_command
+from slurmgate import __version__, commands, history_command, log_command
 from slurmgate.errors import SlurmgateError
 from slurmgate.state import default_path
 
@@ -164,6 +164,22 @@ def _add_queries(subparsers: Any) -> None:
     logs.add_argument("-n", type=int, default=50, metavar="N", help="last lines (default 50)")
     logs.add_argument("-f", action="store_true", help="follow until Ctrl-C")
     _takes_state(logs)
+    history = _command(
+        subparsers,
+        "history",
+        history_command.run_history,
+        "show the last starts: how long each took and what became of it",
+        "history LLM -n 20",
+    )
+    history.add_argument("name", nargs="?", metavar="NAME", help="only this service's")
+    history.add_argument(
+        "-n",
+        type=int,
+        metavar="N",
+        help=f"last starts (default {history_command.SHOWN}, with --json all)",
+    )
+    history.add_argument("--json", action="store_true", help="a JSON array")
+    _takes_state(history)
 
 
 def _add_changes(subparsers: Any) -> None:

@@ -1,9 +1,9 @@
 """The starts that have ended, in a file of the state directory: one JSON object a line.
 
 ``History`` owns the file: a thread of its own adds to it, and when it has grown to twice what is
-kept replaces it by its last part. In memory are the same starts and those not written yet. A disk
-that takes nothing costs the lines it did not take and nothing else. ``read`` and ``entry`` are for
-commands, which may look at the file at any time.
+kept kept replaces it by its last part. In memory are the same starts and those not written yet. A disk
+that takes nothing costs the lines it did not take and nothing else. ``read``, ``entry`` and
+``shown`` are for commands, which may look at the file at any time.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def entry(start: Start) -> dict[str, Any]:
     return {
         "at": at.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
         "service": start.service,
-        "replica": _shown(start.replica, _WORD_MAX),
+        "replica": shown(start.replica),
         "job_id": _maybe(start.job_id, _WORD_MAX),
         "node": _maybe(start.node, _WORD_MAX),
         "queue_s": None if start.queue_s is None else round(start.queue_s, 3),
@@ -80,6 +80,13 @@ def entry(start: Start) -> dict[str, Any]:
         "outcome": start.outcome.value,
         "reason": _maybe(start.reason, _REASON_MAX),
     }
+
+
+def shown(text: str, most: int = _WORD_MAX) -> str:
+    """Make a text of others safe to show: one line of characters that print, not too long."""
+    text = " ".join(text[: 4 * most].split())
+    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 class History:
@@ -99,10 +106,10 @@ class History:
         self._clock = clock
         self._wall = wall
         found = self._read()
-        ago = wall() - clock()
         now = clock()
+        boot = wall() - now
         self._recent = deque(
-            (replace(start, ended=min(start.ended - ago, now)) for start in found.starts),
+            (replace(start, ended=min(start.ended - boot, now)) for start in found.starts),
             maxlen=KEPT,
         )
         self._changed = threading.Condition()
@@ -225,7 +232,7 @@ def _start(line: bytes) -> Start | None:
             return None
         return Start(
             service=_name(data["service"]),
-            replica=_shown(_word(data["replica"]), _WORD_MAX),
+            replica=shown(_word(data["replica"])),
             ended=_point(data["at"]),
             outcome=Outcome(data["outcome"]),
             queue_s=_seconds(data["queue_s"]),
@@ -262,7 +269,7 @@ def _word(value: object) -> str:
 
 
 def _maybe(value: object, most: int) -> str | None:
-    return None if value is None else _shown(_word(value), most)
+    return None if value is None else shown(_word(value), most)
 
 
 def _name(value: object) -> str:
@@ -271,10 +278,3 @@ def _name(value: object) -> str:
     if not 1 <= len(name) <= _WORD_MAX or any(unicodedata.category(c) in _NO_NAME for c in name):
         raise ValueError("not a service's name")
     return name
-
-
-def _shown(text: str, most: int) -> str:
-    """Make a text of others safe to show: one line of characters that print, not too long."""
-    text = " ".join(text[: 4 * most].split())
-    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
-    return text if len(text) <= most else text[: most - 1] + "…"
