@@ -300,8 +300,8 @@ def test_the_other_service_is_named_by_its_place_in_the_file(folder: Path):
 
 
 def test_processes_share_the_ports_of_this_machine(folder: Path):
-    process = {"launcher": "process"}
-    document = several(ports(8000, 4, **process), ports(8003, **process, sbatch_args=["-x"]))
+    here, there = ports(8000, 4), ports(8003, sbatch_args=["-x"])
+    document = several(here | {"launcher": "process"}, there | {"launcher": "process"})
     [problem] = problems(document, folder)
     assert "among the ports 8000 to 8004" in problem
 
