@@ -13,6 +13,7 @@ local picker = require "gate.picker"
 local registry = require "gate.registry"
 local store = require "gate.store"
 
+local crc32_long = ngx.crc32_long
 local floor = math.floor
 local max = math.max
 
@@ -28,21 +29,31 @@ local turn = 0 -- breaks ties between equally loaded replicas
 
 local _M = {}
 
-local function pick_least(routable)
+local function pick_among(var, service)
+    -- What another worker suspects is out of the choice at once, not only with the next tick.
+    registry.refresh_suspicions()
+    local routable = service.routable
+    local tags, loads = store.workers(), {}
+    for i = 1, #routable do
+        loads[routable[i].id] = activity.on_replica(tags, routable[i])
+    end
+    local key = service.affinity and var[service.affinity]
+    local stays = key and key ~= ""
+        and picker.affine(service.ring, crc32_long(key), routable, loads)
+    if stays then
+        return stays
+    end
     turn = turn + 1
-    local tags = store.workers()
-    return picker.least(routable, function(replica)
-        return activity.on_replica(tags, replica)
-    end, turn)
+    return picker.least(routable, loads, turn)
 end
 
--- Apart from the choice among many, whose closure the JIT compiler cannot take
-local function pick(service)
+-- One replica alone costs nothing but this.
+local function pick(var, service)
     local routable = service.routable
     if #routable < 2 then
         return routable[1]
     end
-    return pick_least(routable)
+    return pick_among(var, service)
 end
 
 local function roll_period(replica, now)
@@ -71,7 +82,7 @@ end
 --- "none" (nothing to route to), "paced" (not yet) or "gone" (the service is no more).
 function _M.admit(var, service)
     for _ = 1, TRIES do
-        local replica = pick(service)
+        local replica = pick(var, service)
         if replica then
             local n = activity.take_replica(var, replica)
             -- Counted first, version read second: with that order "version n, replica at zero"

@@ -7,12 +7,16 @@
 local cjson = require "cjson.safe"
 
 local clock = require "gate.clock"
+local picker = require "gate.picker"
 local router = require "gate.router"
 local store = require "gate.store"
 
+local concat = table.concat
 local find = string.find
 local ipairs = ipairs
+local md5_bin = ngx.md5_bin
 local pairs = pairs
+local sort = table.sort
 local sub = string.sub
 
 local REREADS = 5
@@ -59,6 +63,7 @@ local function compile_replica(entry, known, service, at)
     replica.phase = entry.phase
     replica.usable = entry.routable == true and endpoint ~= nil
     replica.service = service
+    replica.capacity = service.max_in_flight
     return replica
 end
 
@@ -67,7 +72,24 @@ local function header_variable(name)
     return name and "http_" .. name:lower():gsub("%-", "_") or nil
 end
 
-local function compile_service(entry, known, at)
+-- The ring of a service whose requests stay with a replica; the one before, while it has the same
+-- replicas.
+local function compile_ring(service, before)
+    local ids = {}
+    for i, replica in ipairs(service.replicas) do
+        ids[i] = replica.id
+    end
+    sort(ids)
+    local members = concat(ids, " ")
+    if before and before.members == members then
+        return before
+    end
+    local ring = picker.ring(ids, md5_bin)
+    ring.members = members
+    return ring
+end
+
+local function compile_service(entry, known, at, before)
     local service = {
         name = entry.name, route = entry.route_name, retired = entry.retired == true,
         told_at = at, -- the moment its estimates are of
@@ -92,6 +114,9 @@ local function compile_service(entry, known, at)
     for i, replica in ipairs(entry.replicas) do
         service.replicas[i] = compile_replica(replica, known, service, at)
     end
+    if service.affinity then
+        service.ring = compile_ring(service, before and before.ring)
+    end
     return service
 end
 
@@ -110,13 +135,13 @@ local function list_routable()
 end
 
 local function compile(new_version, snapshot, at)
-    local known = replicas
+    local known, known_services = replicas, by_name
     services, by_name, by_route, replicas, complete = {}, {}, {}, {}, true
     for _, entry in ipairs(snapshot.services) do
         if entry.unknown == true and not entry.route_name then
             complete = false
         else
-            local service = compile_service(entry, known, at)
+            local service = compile_service(entry, known, at, known_services[entry.name])
             services[#services + 1] = service
             by_name[service.name] = service
             if not service.retired then
@@ -156,6 +181,13 @@ function _M.refresh()
         stored = store.version()
     end
     return false
+end
+
+--- Take over the newest suspicions alone.
+function _M.refresh_suspicions()
+    if suspicions ~= store.suspicions() then
+        list_routable()
+    end
 end
 
 --- Version of this view, nil before the first snapshot.
