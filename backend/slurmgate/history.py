@@ -1,7 +1,7 @@
 """The starts that have ended, in a file of the state directory: one JSON object a line.
 
 ``History`` owns the file: a thread of its own adds to it, and when it has grown to twice what is
-kept kept replaces it by its last part. In memory are the same starts and those not written yet. A disk
+kept replaces it by its last part. In memory are the same starts and those not written yet. A disk
 that takes nothing costs the lines it did not take and nothing else. ``read``, ``entry`` and
 ``shown`` are for commands, which may look at the file at any time.
 """
@@ -177,7 +177,7 @@ class History:
 
     def _append(self, lines: Sequence[bytes]) -> int:
         """Put whole lines at the end of the file, on the disk when this returns; its size then."""
-        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
         fd = os.open(self._path, flags, 0o600)
         try:
             end = os.fstat(fd).st_size
