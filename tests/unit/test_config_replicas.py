@@ -326,6 +326,30 @@ def test_the_highest_port_is_enough_for_one_replica(folder: Path):
     assert only_service(slurm(**ports(65531, 4)), folder).remote_port == 65531
 
 
+def test_a_replacement_that_takes_the_port_of_another_service_is_a_warning(folder: Path):
+    [warning] = warnings(several(ports(8001), ports(8000)), folder)
+    assert warning.startswith(
+        "Services[1].remote_port: a replacement before the time limit listens"
+    )
+    assert "8001, which is that of Services[0]" in warning
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (ports(8000), ports(8002)),
+        (ports(8000, renew_before=0), ports(8001)),
+        (ports(8000, sbatch_args=["-w", "n1"]), ports(8001, sbatch_args=["-w", "n2"])),
+        (ports(8000, launcher="process"), ports(8001, launcher="process")),
+        (ports(8000, 4), ports(8005)),
+    ],
+)
+def test_ports_that_no_replacement_takes_are_no_warning(
+    folder: Path, first: Document, second: Document
+):
+    assert warnings(several(first, second), folder) == ()
+
+
 def test_a_local_port_is_no_matter_of_how_many_replicas(folder: Path):
     spec = only_service(slurm(local_port=8001, replicas={"max": 4}), folder)
     assert spec.local_port == 8001

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
-from slurmgate.config.report import JsonPath, Report, show_value
+from slurmgate.config.report import JsonPath, Report, show_path
 from slurmgate.config.specs import header_of
 
 Entry = dict[str, Any]
@@ -24,11 +25,20 @@ _DROPPED_BY_NGINX = frozenset("!#$%&'*+.^_`|~")
 
 @dataclass(frozen=True, slots=True)
 class _Ports:
-    """Fixed ports of one service, first and last included; ``index`` is its place in the file."""
+    """Fixed ports of one service, first and last included; ``path`` is its place in the file.
+
+    ``renewed``: a service with one replica that may take the next port for a replacement.
+    """
 
     first: int
     last: int
-    index: int
+    path: JsonPath
+    renewed: bool
+
+    @property
+    def owner(self) -> str:
+        """What the service is called in messages about others."""
+        return show_path(self.path)
 
 
 def check_replicas(entry: Entry, path: JsonPath, report: Report) -> None:
@@ -93,23 +103,26 @@ def _at_odds(entry: Entry, most: int) -> Iterator[tuple[JsonPath, str]]:
 def check_fixed_ports(services: list[tuple[JsonPath, Entry]], report: Report) -> None:
     """Refuse fixed ports that two services would use on the same nodes.
 
-    Replicas count upward from ``remote_port``: one for each, and one for a replacement. A service
-    with one replica has claimed that port alone in every version, and next to it stand others.
+    Replicas count upward from ``remote_port``: one for each, and one for a replacement. That a
+    service with one replica has another next to it is a warning only: files of the original system,
+    which replaces nothing, may be so.
     """
     by_place: defaultdict[Hashable, list[_Ports]] = defaultdict(list)
-    for index, (path, entry) in enumerate(services):
-        ports = _fixed_ports(entry, path, index, report)
+    for path, entry in services:
+        ports = _fixed_ports(entry, path, report)
         if ports is not None:
             by_place[_place(entry)].append(ports)
     for together in by_place.values():
+        together.sort(key=lambda ports: ports.first)  # stable: of equal ones the first in the file
         for one, other in _overlaps(together):
-            early, late = sorted((one, other), key=lambda ports: ports.index)
-            path = services[late.index][0]
-            owner = services[early.index][0]
-            report.problem((*path, "remote_port"), _overlap(late, early, f"Services[{owner[1]}]"))
+            early, late = sorted((one, other), key=_place_in_file)
+            report.problem((*late.path, "remote_port"), _overlap(late, early))
+        for ports, after in pairwise(together):
+            if ports.renewed and after.first == ports.first + 1:
+                report.warn((*ports.path, "remote_port"), _next_to(ports, after))
 
 
-def _fixed_ports(entry: Entry, path: JsonPath, index: int, report: Report) -> _Ports | None:
+def _fixed_ports(entry: Entry, path: JsonPath, report: Report) -> _Ports | None:
     port = entry.get("remote_port", "auto")
     if port == "auto":
         return None
@@ -124,7 +137,8 @@ def _fixed_ports(entry: Entry, path: JsonPath, index: int, report: Report) -> _P
             f"replacement; it should be {right}",
         )
         return None
-    return _Ports(first, last, index)
+    renewed = most == 1 and entry.get("launcher") != "process" and entry.get("renew_before") != 0
+    return _Ports(first, last, path, renewed)
 
 
 def _place(entry: Entry) -> Hashable:
@@ -136,25 +150,38 @@ def _place(entry: Entry) -> Hashable:
 
 
 def _overlaps(together: list[_Ports]) -> Iterator[tuple[_Ports, _Ports]]:
-    """Give each that meets one before it, with that one; from low ports to high ones."""
+    """Give each that meets one before it, with that one; they are in the order of ports."""
     before: _Ports | None = None
-    for ports in sorted(together, key=lambda ports: (ports.first, ports.index)):
+    for ports in together:
         if before is not None and ports.first <= before.last:
             yield before, ports
         if before is None or ports.last > before.last:
             before = ports
 
 
-def _overlap(late: _Ports, early: _Ports, owner: str) -> str:
-    shown = show_value(late.first)
+def _place_in_file(ports: _Ports) -> int:
+    return int(ports.path[-1])
+
+
+def _overlap(late: _Ports, early: _Ports) -> str:
     if late.first == early.first:
-        return f"{shown} is the fixed port of {owner} already; it should be unique"
+        return f"{late.first} is the fixed port of {early.owner} already; it should be unique"
     counting = "counted upward, one for each replica and one for a replacement"
     if late.first == late.last:
-        return f"{shown} is among the ports {early.first} to {early.last} of {owner}, {counting}"
+        return (
+            f"{late.first} is among the ports {_shown(early)} of {early.owner}, {counting}; "
+            f'it should be another, or "auto"'
+        )
     return (
-        f"the ports {shown} to {late.last}, {counting}, meet {_shown(early)} of {owner}; "
+        f"the ports {_shown(late)}, {counting}, meet {_shown(early)} of {early.owner}; "
         'they should be apart, or "auto"'
+    )
+
+
+def _next_to(ports: _Ports, after: _Ports) -> str:
+    return (
+        f"a replacement before the time limit listens on the next port, {after.first}, which is "
+        f'that of {after.owner}: they meet on one node; "renew_before": 0 does without'
     )
 
 
