@@ -26,6 +26,7 @@ from slurmgate.api import admin, gate, info, metrics, problem
 from slurmgate.control import Control
 from slurmgate.errors import ConfigError, SlurmgateError, StateError
 from slurmgate.files import write_atomic
+from slurmgate.history import History
 from slurmgate.launchers.process import ProcessLauncher
 from slurmgate.launchers.slurm import SlurmLauncher
 from slurmgate.model import Config, GateSpec, LauncherKind
@@ -39,6 +40,7 @@ log = logging.getLogger(__name__)
 CONTROL_THREADS = 4
 API_THREADS = 8
 GATE_PATIENCE = 2.0
+HISTORY_PATIENCE = 2.0
 LOOK_EVERY = 2.0
 LAST_GOOD = "config.last-good.json"
 
@@ -70,6 +72,7 @@ def serve(options: BackendOptions) -> int:
         _listen_for_signals(wishes)
         instance = config.instance or state.instance
         remotes = Remotes()
+        history = History(state.history)
         control = Control(
             {
                 LauncherKind.PROCESS: ProcessLauncher(state),
@@ -77,6 +80,7 @@ def serve(options: BackendOptions) -> int:
             },
             time.monotonic,
             epoch(),
+            history,
             enabled=state.management_enabled,
         )
         control.start(config)
@@ -97,6 +101,7 @@ def serve(options: BackendOptions) -> int:
             keep_ways=not (heard and options.supervised),
         )
         remotes.close()
+        history.close(HISTORY_PATIENCE)
     if not heard:
         raise StateError(
             "the sockets were removed while running, so that no gate could reach this backend;"

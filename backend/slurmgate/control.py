@@ -29,7 +29,7 @@ from slurmgate.fleet import (
 )
 from slurmgate.model import Config, End, LauncherKind, Phase, ServiceSpec, Sighting, Stranger
 from slurmgate.observed import LAUNCHING, Refusal, Service
-from slurmgate.ports import Clock, Launcher
+from slurmgate.ports import Clock, History, Launcher
 
 log = logging.getLogger(__name__)
 
@@ -57,11 +57,13 @@ class Control:
         launchers: Mapping[LauncherKind, Launcher],
         clock: Clock,
         epoch: str,
+        history: History,
         *,
         enabled: bool,
     ) -> None:
         self._launchers = launchers
         self._clock = clock
+        self._history = history
         self._fleet = Fleet(epoch, new_replica_id, clock(), enabled=enabled)
         self._events: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._pools = {
@@ -81,6 +83,7 @@ class Control:
     def start(self, config: Config) -> None:
         """Adopt what runs, take over the configuration and begin to decide. Call it once."""
         self._folder = config.path.parent
+        self._fleet.remember(self._history.recent())
         self._fleet.configure(config.services)
         for kind, launcher in self._launchers.items():
             own = [spec for spec in config.services if spec.launcher is kind]
@@ -216,6 +219,8 @@ class Control:
             self._reported.clear()
             for effect in effects:
                 self._submit(effect)
+            for start in self._fleet.take_starts():
+                self._history.add(start)
         except Exception:
             log.exception("the control loop met an error of its own; it goes on")
         for done in self._answers:
@@ -275,8 +280,8 @@ class Control:
     def _submit(self, effect: Effect) -> None:
         spec, replica = effect.spec, effect.replica
         match effect:
-            case LaunchReplica():
-                self._run(spec.launcher, lambda: self._launch(spec, replica))
+            case LaunchReplica(avoid=avoid):
+                self._run(spec.launcher, lambda: self._launch(spec, replica, avoid))
             case FetchLastWords():
                 self._run(spec.launcher, lambda: self._last_words(spec, replica))
             case ReconnectReplica():
@@ -296,9 +301,9 @@ class Control:
         except RuntimeError:
             log.info("shutting down: no more work is begun")
 
-    def _launch(self, spec: ServiceSpec, replica: str) -> None:
+    def _launch(self, spec: ServiceSpec, replica: str, avoid: tuple[str, ...]) -> None:
         try:
-            sighting = self._launchers[spec.launcher].launch(spec, replica)
+            sighting = self._launchers[spec.launcher].launch(spec, replica, avoid)
         except (StartRefused, CannotStart) as error:
             self._launch_failed(spec, replica, error.reason, str(error))
         except Exception as error:

@@ -7,23 +7,28 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from slurmgate import nodes, scaling
 from slurmgate.model import End, Fault, Health, Phase, ServiceSpec, Sighting
 from slurmgate.observed import (
     LAUNCHING,
     Demand,
     Failure,
+    Outcome,
     Refusal,
     Replica,
     ReplicaReport,
     Service,
     ServiceReport,
+    Start,
     counted,
+    recorded,
     with_replica,
     without_replica,
 )
 
 MAX_BACKOFF = 60.0
 STEADY_AFTER = 60.0
+SETTLED_AFTER = 10.0
 PORTS_TRIED = 5
 LEFT = frozenset({Phase.FAILED, Phase.STOPPING})
 
@@ -113,22 +118,53 @@ def hopeless(service: Service, replica_id: str, refusal: Refusal) -> Service:
 
 def launch_failed(service: Service, replica_id: str, code: str, reason: str, now: float) -> Service:
     """A launch failed and left nothing running."""
-    if service.replica(replica_id) is None:
+    found = service.replica(replica_id)
+    if found is None:
         return service
-    return failed(without_replica(service, replica_id), code, reason, (), now)
+    return failed(without_replica(service, replica_id), found, code, reason, (), now)
 
 
-def failed(service: Service, code: str, reason: str, log: tuple[str, ...], now: float) -> Service:
-    """A start failed through the service's fault: leases end and the next start waits."""
+def failed(
+    service: Service, replica: Replica, code: str, reason: str, log: tuple[str, ...], now: float
+) -> Service:
+    """A start failed through the service's fault: leases end and the next start waits.
+
+    One that cannot start is not kept from any node: that may be what it cannot start for.
+    """
     failures = service.failures + 1
     backoff = min(MAX_BACKOFF, 2.0 ** (failures - 1))
+    strikes = service.strikes
+    if code == "cannot-start":
+        strikes = ()
+    elif replica.node is not None:
+        strikes = nodes.struck(service, replica.node, now, own=False)
+    service = recorded(service, start_of(service, replica, Outcome.FAILED, reason, now))
     return replace(
         counted(service, code),
+        strikes=strikes,
         failures=failures,
         failure=Failure(code, reason, log, now, now + backoff),
         start_lease=False,
         lease_void_before=now,
         ports_taken=0,
+    )
+
+
+def start_of(
+    service: Service, replica: Replica, outcome: Outcome, reason: str | None, now: float
+) -> Start:
+    """Say how a replica's start went that is over now."""
+    ran = replica.running_at
+    return Start(
+        service=service.spec.name,
+        replica=replica.id,
+        ended=now,
+        outcome=outcome,
+        queue_s=max(0.0, (now if ran is None else ran) - replica.created_at),
+        start_s=None if ran is None else max(0.0, now - ran),
+        reason=reason,
+        job_id=replica.job_id,
+        node=replica.node,
     )
 
 
@@ -140,18 +176,26 @@ def ended(service: Service, replica_id: str, end: End, log: tuple[str, ...], now
     if found is None:
         return service
     rest = without_replica(service, replica_id)
+    fresh = found.never_routable and found.ready_at is None
     if found.phase is Phase.FAILED:
         code = found.hopeless.code if found.hopeless is not None else end.code
-        return failed(rest, code, found.reason or "", log, now)
+        return failed(rest, found, code, found.reason or "", log, now)
+    if end.bad_node is not None:
+        rest = replace(rest, strikes=nodes.struck(service, end.bad_node, now, own=True))
     if found.phase is Phase.STOPPING or found.drain is not None:
-        return rest
-    fresh = found.phase in LAUNCHING and found.never_routable
+        why = found.reason or (found.drain.value if found.drain else None)
+        cancelled = start_of(service, found, Outcome.CANCELLED, why, now)
+        return recorded(rest, cancelled) if fresh else rest
+    lost = start_of(service, found, Outcome.LOST, end.reason, now)
     if fresh and end.fault is Fault.PORT and service.ports_taken < PORTS_TRIED:
-        return replace(rest, ports_taken=service.ports_taken + 1)
+        return replace(recorded(rest, lost), ports_taken=service.ports_taken + 1)
     if fresh and end.fault is not Fault.NOBODY:
-        return failed(rest, end.code, f"{end.reason} during start", log, now)
-    lived = now - (found.since if found.ready_at is None else found.ready_at)
-    crashes = service.crashes + 1 if lived < STEADY_AFTER else 1
+        return failed(rest, found, end.code, f"{end.reason} during start", log, now)
+    if fresh:
+        rest = recorded(rest, lost)
+    lived = now - found.since
+    steady = SETTLED_AFTER if end.fault is Fault.NOBODY else STEADY_AFTER
+    crashes = service.crashes + 1 if lived < steady else 1
     pause = 0.0 if crashes == 1 else min(MAX_BACKOFF, 2.0 ** (crashes - 2))
     return replace(
         rest,
@@ -178,6 +222,7 @@ def reported(service: Service, report: ServiceReport, now: float) -> Service:
     last_use = ago(report.idle_s)
     if last_use is None:
         last_use = service.demand.last_use
+    waiting_since = service.demand.waiting_since
     demand = Demand(
         requests=report.requests,
         waiting=report.waiting,
@@ -185,9 +230,14 @@ def reported(service: Service, report: ServiceReport, now: float) -> Service:
         last_use=now if report.in_flight > 0 else last_use,
         wanted_at=ago(report.wanted_s),
         lease_until=None if report.lease_s is None else now + report.lease_s,
+        waiting_since=(waiting_since or now) if report.waiting > 0 else None,
     )
     changed = replace(service, demand=demand)
-    return replace(changed, last_demand=now) if changed.wanted(now) else changed
+    changed = replace(changed, needs=scaling.noted(changed, now))
+    if changed.wanted(now):
+        stopped = service.stopped and changed.backing_off(now)
+        return replace(changed, last_demand=now, stopped=stopped)
+    return changed
 
 
 def replica_reported(
@@ -236,7 +286,7 @@ def last_words(
     if hint is not None and hint not in reason:
         reason = f"{reason}; {hint}" if reason else hint
     code = "start-failed" if found.hopeless is None else found.hopeless.code
-    return failed(stopping, code, reason, log, now)
+    return failed(stopping, found, code, reason, log, now)
 
 
 def listed(service: Service) -> Service:
@@ -262,5 +312,5 @@ def retired(service: Service) -> Service:
 def gate_changed(service: Service) -> Service:
     """Another gate reports from now on: the counts of the one before ended with it."""
     replicas = tuple(replace(r, in_flight=0, acked=False, quiet=False) for r in service.replicas)
-    demand = replace(service.demand, waiting=0, in_flight=0)
+    demand = replace(service.demand, waiting=0, in_flight=0, waiting_since=None)
     return replace(service, demand=demand, replicas=replicas)

@@ -13,10 +13,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from slurmgate import events, lifecycle, snapshot
+from slurmgate import events, lifecycle, nodes, scaling, snapshot
 from slurmgate.errors import UnknownService
 from slurmgate.model import LauncherKind, ServiceSpec, Sighting
-from slurmgate.observed import ReplicaReport, Service, ServiceReport, with_replica
+from slurmgate.observed import (
+    ReplicaReport,
+    Service,
+    ServiceReport,
+    Start,
+    recorded,
+    with_replica,
+)
 
 log = logging.getLogger(__name__)
 
@@ -65,10 +72,11 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class LaunchReplica:
-    """To be done outside: start this replica."""
+    """To be done outside: start this replica, not on the nodes to ``avoid``."""
 
     spec: ServiceSpec
     replica: str
+    avoid: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +117,8 @@ class Fleet:
         self._dirty: set[str] = set()
         self._essences: dict[str, dict[str, Any]] = {}
         self._effects: list[Effect] = []
+        self._starts: list[Start] = []
+        self._earlier: dict[str, list[Start]] = {}
         self._number = 0
         self._gate: str | None = None
         self._former_gates: set[str] = set()
@@ -166,11 +176,13 @@ class Fleet:
             replica = self._new_id()
             self._services[name] = lifecycle.launching(service, replica, now)
             log.info("service %s replica %s: starting", name, replica)
-            self._effects.append(LaunchReplica(service.spec, replica))
+            avoid = nodes.avoided(service, now)
+            self._effects.append(LaunchReplica(service.spec, replica, avoid))
             return
-        self._services[name] = lifecycle.apply(service, action, now)
+        self._services[name] = changed = lifecycle.apply(service, action, now)
         _log_action(service, action, now)
-        _log_change(service, self._services[name])
+        _log_change(service, changed)
+        self._starts += _new_starts(service, changed)
         if isinstance(action, lifecycle.Stop):
             self._effects.append(StopReplica(service.spec, action.replica))
         elif isinstance(action, lifecycle.GiveUp):
@@ -201,7 +213,10 @@ class Fleet:
     # -- events ----------------------------------------------------------------------------
 
     def _set(self, name: str, service: Service) -> None:
-        _log_change(self._services.get(name), service)
+        before = self._services.get(name)
+        _log_change(before, service)
+        if before is not None:
+            self._starts += _new_starts(before, service)
         self._services[name] = service
         self._dirty.add(name)
 
@@ -230,7 +245,7 @@ class Fleet:
             known = before.pop(spec.name, None)
             if known is None:
                 fresh = Service(spec, enabled=self._enabled, lease_void_before=since)
-                self._set(spec.name, fresh)
+                self._set(spec.name, self._with_earlier(fresh))
                 continue
             self._services[spec.name] = known
             if known.spec != spec or known.retired:
@@ -240,12 +255,31 @@ class Fleet:
             if not service.retired:
                 self._set(name, events.retired(service))
 
+    def remember(self, starts: Iterable[Start]) -> None:
+        """Take over what became of earlier starts, before anything is configured."""
+        for start in starts:
+            self._earlier.setdefault(start.service, []).append(start)
+
+    def _with_earlier(self, service: Service) -> Service:
+        """Give a service that is new here what is known of its earlier starts."""
+        for start in self._earlier.pop(service.spec.name, ()):
+            service = recorded(service, start)
+        began = (s.ended - (s.queue_s or 0.0) - (s.start_s or 0.0) for s in service.recent)
+        return replace(service, launches=tuple(began))
+
+    def take_starts(self) -> list[Start]:
+        """Give the starts that have come to their end since the last call."""
+        starts, self._starts = self._starts, []
+        return starts
+
     def manage(self, now: float, *, enabled: bool, kill: bool) -> None:
         """Switch management of all services on or off; with ``kill`` end every replica too."""
         self._enabled = enabled
         for name, service in list(self._services.items()):
             changed = replace(service, enabled=enabled)
-            if not enabled:
+            if enabled:
+                changed = replace(changed, stopped=False)
+            else:
                 changed = replace(changed, start_lease=False)
             if kill:
                 changed = lifecycle.stop_by_admin(changed, 0.0, now)
@@ -324,7 +358,16 @@ def _unsettled(service: Service) -> bool:
         or service.failure is not None
         or service.retired
         or service.demand.lease_until is not None
+        or scaling.floor(service)
+        or len(service.launches) >= service.spec.max_starts_per_hour
     )
+
+
+def _new_starts(before: Service, after: Service) -> list[Start]:
+    if after.recent is before.recent:
+        return []
+    known = {start.replica for start in before.recent}
+    return [start for start in after.recent if start.replica not in known]
 
 
 def _log_change(before: Service | None, after: Service) -> None:

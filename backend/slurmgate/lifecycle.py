@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from slurmgate.events import last_words
+from slurmgate import nodes, scaling
+from slurmgate.events import last_words, start_of
 from slurmgate.model import Health, LauncherKind, Phase
 from slurmgate.observed import (
     LAUNCHING,
-    RECENT_COLD_STARTS,
     Drain,
     Failure,
+    Outcome,
     Replica,
     Service,
     counted,
+    recorded,
     with_replica,
 )
 
@@ -87,28 +89,88 @@ Action = Launch | MarkReady | Close | Reopen | Stop | GiveUp | Reconnect
 
 def decide(service: Service, gate_seen: float, now: float) -> tuple[Action, ...]:
     """Compare what is with what should be; ``gate_seen`` is when the gate last reported."""
-    actions: list[Action] = [Close(r.id, Drain.SURPLUS) for r in _surplus(service)]
-    closing = {action.replica for action in actions if isinstance(action, Close)}
+    silent = now - gate_seen
+    # Each of these looks at all replicas together: one such decision at a time.
+    closing = _surplus(service, now) or _replaced(service, now) or _unneeded(service, now)
+    closed = {action.replica for action in closing}
+    actions: list[Action] = [*closing]
     for replica in service.replicas:
-        if replica.id in closing:
+        if replica.id in closed:
             continue
-        action = _decide_replica(service, replica, now - gate_seen, now)
+        action = _decide_replica(service, replica, silent, now)
         if action is not None:
             actions.append(action)
-    reopening = any(isinstance(a, Reopen) for a in actions)
-    if not reopening and _may_launch(service, now):
-        actions.append(Launch())
+    if not any(isinstance(a, Reopen) for a in actions) and _may_launch(service, silent, now):
+        actions += [Launch()] * scaling.missing(service, now)
     return tuple(actions)
 
 
-def _surplus(service: Service) -> list[Replica]:
+def _surplus(service: Service, now: float) -> list[Close | Stop]:
     """Replicas too many, as an adoption may bring them: a drain was forgotten with the backend.
 
-    Kept is one that has the present start parameters, of these the newest.
+    Kept are those that have the present start parameters, of these the newest.
     """
-    meant = [r for r in service.replicas if r.phase not in LEAVING and r.drain is None]
-    meant.sort(key=lambda r: (not _changed(service, r), r.created_at), reverse=True)
-    return meant[1:]
+    old = scaling.outdated(service, now)
+    meant = [r for r in scaling.going(service) if r.id not in old]
+    meant.sort(key=lambda r: (not scaling.changed(service, r), r.created_at), reverse=True)
+    return [Close(r.id, Drain.SURPLUS) for r in meant[service.spec.replicas.max :]]
+
+
+def _replaced(service: Service, now: float) -> list[Close | Stop]:
+    """Let go what others have replaced, as soon as enough of them are ready; one at a time."""
+    old = scaling.outdated(service, now)
+    ready = [r for r in scaling.going(service) if r.phase is Phase.READY]
+    leaving = [r for r in ready if r.id in old]
+    if not leaving or len(leaving) == len(ready):
+        return []
+    level = max(1, scaling.kept(service, now), scaling.wanted(service, now))
+    if len(ready) - 1 < level:
+        return []
+    first = min(leaving, key=lambda r: (not scaling.changed(service, r), _ends(r)))
+    why = Drain.CHANGED if scaling.changed(service, first) else Drain.ENDING
+    return [Close(first.id, why)]
+
+
+def _ends(replica: Replica) -> float:
+    return float("inf") if replica.ends_at is None else replica.ends_at
+
+
+def _unneeded(service: Service, now: float) -> list[Close | Stop]:
+    """Let go one of several that the load has not needed for long; the last has a rule of its own.
+
+    A job that still waits in the queue goes sooner than one that runs.
+    """
+    spec = service.spec
+    going = scaling.going(service)
+    ready = [r for r in going if r.phase is Phase.READY]
+    queued = [r for r in going if r.phase is Phase.PENDING]
+    old = scaling.outdated(service, now)
+    lasting = len(going) - len(old)
+    level = scaling.wanted(service, now)
+    if old:
+        level = max(level, scaling.kept(service, scaling.replaced_from(service, old, now)))
+    if queued and lasting > max(1, level):
+        newest = max(queued, key=lambda r: r.created_at)
+        if now - max(_last_needed(service, lasting), newest.created_at) >= spec.abandon_timeout:
+            return [Stop(newest.id, "the load that it was for has gone")]
+    shrinking = any(r.phase is Phase.DRAINING and r.drain is Drain.IDLE for r in service.replicas)
+    if shrinking or len(ready) <= max(1, level):
+        return []
+    since = max(_last_needed(service, len(ready)), *(r.since for r in ready))
+    if now - since < spec.timeout:
+        return []
+    victim = min(ready, key=lambda r: (r.in_flight, _ends(r), -r.created_at))
+    return [Close(victim.id, Drain.IDLE, _drain_by(service, now))]
+
+
+def _last_needed(service: Service, count: int) -> float:
+    """When the load last needed so many."""
+    return service.needs[count - 1].last if count <= len(service.needs) else float("-inf")
+
+
+def _drain_by(service: Service, now: float) -> float | None:
+    patience = service.spec.drain_timeout
+    return now + patience if patience else None
 
 
 def _decide_replica(service: Service, replica: Replica, silent: float, now: float) -> Action | None:
@@ -129,29 +191,33 @@ def _decide_replica(service: Service, replica: Replica, silent: float, now: floa
             return None
 
 
-def _changed(service: Service, replica: Replica) -> bool:
-    return replica.start_hash != service.spec.start_hash()
-
-
 def _decide_pending(service: Service, replica: Replica, now: float) -> Action | None:
     if replica.phase is Phase.SUBMITTED:
         return None
     spec = service.spec
-    if service.retired or replica.drain is not None or _changed(service, replica):
+    if service.retired or replica.drain is not None or scaling.changed(service, replica):
         return Stop(replica.id, "no longer wanted")
     if replica.hopeless is not None:
         return GiveUp(replica.id, replica.hopeless.reason)
     if spec.queue_timeout and now - replica.created_at >= spec.queue_timeout:
         reason = f"still in the queue after {spec.queue_timeout:g} s (queue_timeout)"
         return GiveUp(replica.id, reason)
-    if not service.wanted(now) and now - service.last_demand >= spec.abandon_timeout:
+    if now - service.last_demand >= spec.abandon_timeout and not _expected(service, now):
         return Stop(replica.id, "every waiting client has hung up")
     return None
 
 
+def _expected(service: Service, now: float) -> bool:
+    """Is any replica wanted, or one to take the place of another?"""
+    old = scaling.outdated(service, now)
+    if old and scaling.kept(service, scaling.replaced_from(service, old, now)) > 0:
+        return True
+    return scaling.wanted(service, now) > 0
+
+
 def _decide_starting(service: Service, replica: Replica, now: float) -> Action | None:
     spec = service.spec
-    changed = _changed(service, replica) and replica.never_routable
+    changed = scaling.changed(service, replica) and replica.never_routable
     if service.retired or replica.drain is not None or changed:
         if replica.never_routable:
             return Stop(replica.id, "no longer wanted")
@@ -178,8 +244,7 @@ def _decide_starting(service: Service, replica: Replica, now: float) -> Action |
 def _decide_ready(service: Service, replica: Replica, silent: float, now: float) -> Action | None:
     spec = service.spec
     if service.retired:
-        by = now + spec.drain_timeout if spec.drain_timeout else None
-        return Close(replica.id, Drain.REMOVED, by)
+        return Close(replica.id, Drain.REMOVED, _drain_by(service, now))
     if silent >= spec.timeout + SILENT_GRACE:
         return Close(replica.id, Drain.SILENT)
     if _lost(replica, spec.replace_after, now):
@@ -189,13 +254,20 @@ def _decide_ready(service: Service, replica: Replica, silent: float, now: float)
     since = service.idle_since(replica.ready_at or replica.since)
     if since is None or replica.in_flight > 0:
         return None
-    if _changed(service, replica):
+    if scaling.changed(service, replica):
         return Close(replica.id, Drain.CHANGED)
+    if now - since < spec.timeout or not _is_last(service):
+        return None
     unused = service.demand.last_use is None or service.demand.last_use < (replica.ready_at or 0)
-    if now - since >= spec.timeout and not (service.leased(now) and unused):
-        by = now + spec.drain_timeout if spec.drain_timeout else None
-        return Close(replica.id, Drain.IDLE, by)
-    return None
+    if service.leased(now) and unused:
+        return None
+    return Close(replica.id, Drain.IDLE, _drain_by(service, now))
+
+
+def _is_last(service: Service) -> bool:
+    """Is it the only one that serves, and none is kept for nothing?"""
+    ready = [r for r in scaling.going(service) if r.phase is Phase.READY]
+    return len(ready) == 1 and scaling.floor(service) == 0
 
 
 def _lost(replica: Replica, after: float, now: float) -> bool:
@@ -232,32 +304,35 @@ def _decide_draining(
 
 def _take_back(service: Service, replica: Replica, silent: float, now: float) -> bool:
     """Has what closed the replica passed? Other reasons than these stand."""
+    others = len(scaling.going(service)) - len(scaling.outdated(service, now))
     match replica.drain:
+        case Drain.IDLE if others > 0:
+            return scaling.wanted(service, now) > others
         case Drain.IDLE:
             since = service.idle_since(replica.ready_at or replica.since)
             used = since is None or now - since < service.spec.timeout
             return used or replica.in_flight > 0 or service.wanted(now)
         case Drain.UNHEALTHY:
-            return replica.health is Health.UP and len(service.replicas) == 1
+            short = others < max(1, scaling.wanted(service, now))
+            return replica.health is Health.UP and short
         case Drain.SILENT:
             return silent < SILENT_STOP
         case _:
             return False
 
 
-def _may_launch(service: Service, now: float) -> bool:
-    """Is a replica missing? Those that leave do not count, but at most one may be leaving."""
-    if service.retired or not service.enabled or not service.wanted(now):
+def _may_launch(service: Service, silent: float, now: float) -> bool:
+    """May anything be started at all? One that is drained for nothing is taken back before that."""
+    if service.retired or not service.enabled or silent >= service.spec.timeout + SILENT_GRACE:
         return False
     if service.backing_off(now) or now < service.not_before:
         return False
-    if any(r.phase is Phase.FAILED for r in service.replicas):
+    if service.unlisted and not service.wanted(now):
         return False
-    if not all(r.phase in LEAVING for r in service.replicas):
-        return False
-    if any(r.phase is Phase.DRAINING and r.drain in RETURNING for r in service.replicas):
-        return False
-    return len(service.replicas) <= (1 if service.spec.remote_port is None else 0)
+    return not any(
+        r.phase is Phase.FAILED or (r.phase is Phase.DRAINING and r.drain in RETURNING)
+        for r in service.replicas
+    )
 
 
 def launching(service: Service, replica_id: str, now: float) -> Service:
@@ -269,7 +344,13 @@ def launching(service: Service, replica_id: str, now: float) -> Service:
         since=now,
         created_at=now,
     )
-    return replace(service, replicas=(*service.replicas, replica), last_demand=now)
+    lately = (at for at in service.launches if now - at < scaling.HOUR)
+    return replace(
+        service,
+        replicas=(*service.replicas, replica),
+        last_demand=now,
+        launches=(*lately, now),
+    )
 
 
 def apply(
@@ -287,7 +368,8 @@ def apply(
             service = with_replica(service, closed)
             if why is Drain.IDLE:
                 return replace(service, lease_void_before=now)
-            return replace(service, start_lease=True) if _renew(why) else service
+            renew = _renew(why) and not scaling.going(service)
+            return replace(service, start_lease=True) if renew else service
         case Reopen():
             opened = replace(
                 replica,
@@ -318,33 +400,42 @@ def _renew(why: Drain) -> bool:
 
 
 def _ready(service: Service, replica: Replica, now: float) -> Service:
+    """Its first healthy answer. One that takes the place of another does not count as use."""
     was_adopted = not replica.never_routable
-    last_use = service.demand.last_use if was_adopted else None
+    warm = [r.ready_at for r in service.replicas if r.ready_at is not None]
+    since = now
+    if was_adopted and service.demand.last_use is not None:
+        since = service.demand.last_use
+    elif warm:
+        since = max(warm)
     ready = replace(
         replica,
         phase=Phase.READY,
         since=now,
-        ready_at=now if last_use is None else last_use,
+        ready_at=since,
         down_since=None,
         adopted=False,
     )
-    service = with_replica(service, ready)
     if not was_adopted:
-        cold_start = now - replica.created_at
-        recent = (*service.cold_starts, cold_start)[-RECENT_COLD_STARTS:]
-        service = replace(
-            counted(service, "ready"),
-            cold_starts=recent,
-            cold_start_histogram=service.cold_start_histogram.add(cold_start),
-        )
+        service = _started(service, replica, now)
     return replace(
-        service,
+        with_replica(service, ready),
         failures=0,
         failure=None,
         start_lease=False,
         last_end=None,
         last_output=(),
         ports_taken=0,
+    )
+
+
+def _started(service: Service, replica: Replica, now: float) -> Service:
+    took = now - replica.created_at
+    service = recorded(service, start_of(service, replica, Outcome.READY, None, now))
+    return replace(
+        counted(service, "ready"),
+        strikes=nodes.worked(service, replica.node),
+        cold_start_histogram=service.cold_start_histogram.add(took),
     )
 
 
@@ -356,13 +447,16 @@ def stop_by_admin(service: Service, drain_for: float, now: float) -> Service:
     """
     starting = any(r.phase in LAUNCHING for r in service.replicas)
     ready = any(r.phase is Phase.READY for r in service.replicas)
+    waiting = service.demand.waiting > 0
     service = replace(
         service,
+        stopped=True,
         start_lease=False,
         lease_void_before=now,
-        demand=replace(service.demand, waiting=0),
+        needs=(),
+        demand=replace(service.demand, waiting=0, waiting_since=None),
     )
-    if starting and not ready:
+    if waiting or (starting and not ready):
         failure = Failure("start-failed", Drain.ADMIN.value, (), now, now + 1.0)
         service = replace(service, failure=failure)
     for replica in service.replicas:
@@ -380,9 +474,10 @@ def start_by_admin(service: Service) -> Service:
     for replica in service.replicas:
         coming = replica.phase in LAUNCHING or replica.phase is Phase.READY
         if coming and replica.drain is None:
-            return service
+            return replace(service, stopped=False)
     return replace(
         service,
+        stopped=False,
         start_lease=True,
         failures=0,
         failure=None,

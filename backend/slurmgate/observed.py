@@ -101,6 +101,24 @@ class Demand:
     last_use: float | None = None
     wanted_at: float | None = None
     lease_until: float | None = None
+    waiting_since: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Since when a number of replicas has been needed without a break, and when it last was."""
+
+    since: float
+    last: float
+
+
+@dataclass(frozen=True, slots=True)
+class Strike:
+    """A failure on a node; ``own``: it was the node's doing, not the service's."""
+
+    node: str
+    at: float
+    own: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +133,7 @@ class Failure:
 
 
 class Outcome(StrEnum):
-    """What became of a start: ``lost`` by nobody's fault, ``cancelled`` because nobody wanted it."""
+    """What became of a start: ``lost`` by nobody's fault, ``cancelled`` as nobody wanted it."""
 
     READY = "ready"
     FAILED = "failed"
@@ -163,7 +181,12 @@ class Service:
     ``crashes`` counts replicas in a row that died soon after they were ready; ``not_before`` holds
     the next start back a little, and requests wait for it. ``last_end`` and ``last_output`` are of
     the last replica that ended by itself since one was ready. ``unlisted``: nobody can say yet
-    whether more of it runs, or whether that still does.
+    whether more of it runs, or whether that still does. ``stopped``: by an operator, and nobody has
+    asked for it since.
+
+    ``needs`` is what its load needed, for one replica, for two, and so on; ``launches`` when its
+    replicas of the last hour were started; ``recent`` what became of the last starts; ``strikes``
+    where it failed.
     """
 
     spec: ServiceSpec
@@ -182,7 +205,11 @@ class Service:
     last_output: tuple[str, ...] = ()
     ports_taken: int = 0
     unlisted: bool = False
-    cold_starts: tuple[float, ...] = ()
+    stopped: bool = False
+    needs: tuple[Need, ...] = ()
+    launches: tuple[float, ...] = ()
+    recent: tuple[Start, ...] = ()
+    strikes: tuple[Strike, ...] = ()
     cold_start_histogram: Histogram = field(default_factory=Histogram)
     lost: int = 0
     starts: Mapping[str, int] = field(default_factory=dict)
@@ -255,3 +282,10 @@ def counted(service: Service, outcome: str) -> Service:
     """Count a start by its outcome."""
     starts = {**service.starts, outcome: service.starts.get(outcome, 0) + 1}
     return replace(service, starts=starts)
+
+
+def recorded(service: Service, start: Start) -> Service:
+    """Keep what became of a start; only the first word about each counts."""
+    if any(known.replica == start.replica for known in service.recent):
+        return service
+    return replace(service, recent=(*service.recent, start)[-RECENT_STARTS:])

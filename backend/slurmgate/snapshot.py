@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from slurmgate import scaling
 from slurmgate.model import Phase
 from slurmgate.observed import LAUNCHING, Replica, Service
+from slurmgate.starts import durations, quantile
 
 ENDPOINT_PHASES = frozenset({Phase.STARTING, Phase.READY, Phase.DRAINING})
 DEFAULT_ESTIMATE = 10.0
@@ -38,6 +40,8 @@ def state(service: Service, now: float) -> str:
         return "draining"
     if not service.enabled:
         return "disabled"
+    if scaling.guard(service, now) is not None:
+        return "failed"
     return "waking" if service.wanted(now) and not service.retired else "cold"
 
 
@@ -50,6 +54,9 @@ def reason(service: Service, now: float) -> str | None:
             return f"not healthy: {replica.progress or replica.health_detail}"
         if replica.phase is Phase.DRAINING and replica.drain is not None:
             return f"draining: {replica.drain.value}"
+    guard = None if service.replicas else scaling.guard(service, now)
+    if guard is not None:
+        return guard.reason
     return service.failure.reason if service.failure is not None else service.last_end
 
 
@@ -57,8 +64,11 @@ def estimate(service: Service, now: float) -> float:
     """How many seconds a client that finds it cold will probably have to wait."""
     if service.failure is not None and service.backing_off(now):
         return service.failure.retry_at - now
-    usual = service.cold_starts
-    expected = sorted(usual)[len(usual) // 2] if usual else DEFAULT_ESTIMATE
+    guard = scaling.guard(service, now)
+    if guard is not None and guard.until is not None and not service.replicas:
+        return guard.until - now
+    usual = durations(service.recent)
+    expected = quantile(usual, 0.5) if usual else DEFAULT_ESTIMATE
     queued = [r.starts_at - now for r in service.replicas if _queued(r) and r.starts_at is not None]
     if queued:
         return max(1.0, min(queued)) + DEFAULT_ESTIMATE
@@ -85,6 +95,9 @@ def refusal(service: Service, now: float) -> dict[str, Any] | None:
     failure = service.failure
     if failure is not None and service.backing_off(now):
         return {"code": failure.code, "reason": failure.reason, "log": list(failure.log)}
+    guard = scaling.guard(service, now)
+    if guard is not None:
+        return {"code": "cannot-start", "reason": guard.reason, "log": []}
     return None
 
 
@@ -105,6 +118,8 @@ def essence(service: Service, now: float) -> dict[str, Any]:
         "starts_at": _start_expected(service),
         "hold_timeout": spec.hold_timeout,
         "max_waiting": spec.max_waiting,
+        "max_in_flight": spec.replicas.max_in_flight,
+        "affinity": spec.affinity,
         "replay": spec.replay,
         "read_timeout": spec.read_timeout,
         "health": {

@@ -177,14 +177,24 @@ def test_with_a_fixed_port_the_old_one_must_be_gone_first():
     assert Launch() not in decide(asked, NOW, NOW + 1)
 
 
-def test_changed_start_parameters_replace_it_once_nobody_uses_it():
+def test_changed_start_parameters_replace_it_at_once_while_nobody_uses_it():
     changed = spec(bash_file="other.sh")
+    busy = service(replica(), spec=changed, demand=Demand(in_flight=1))
+    assert decide(busy, NOW, NOW) == (Launch(),)
+    quiet = service(replica(), spec=changed)
+    assert decide(quiet, NOW, NOW) == (Close("r1", Drain.CHANGED), Launch())
+
+
+def test_changed_parameters_of_a_fixed_port_wait_until_the_port_is_free():
+    changed = spec(bash_file="other.sh", remote_port=8000)
     busy = service(replica(), spec=changed, demand=Demand(in_flight=1))
     assert decide(busy, NOW, NOW) == ()
     quiet = service(replica(), spec=changed)
     (action,) = decide(quiet, NOW, NOW)
     assert action == Close("r1", Drain.CHANGED)
-    assert Launch() in decide(lifecycle.apply(quiet, action, NOW), NOW, NOW)
+    closed = lifecycle.apply(quiet, action, NOW)
+    assert Launch() not in decide(closed, NOW, NOW)
+    assert decide(replace(closed, replicas=()), NOW, NOW) == (Launch(),)
 
 
 def test_a_start_with_old_parameters_is_begun_anew():
@@ -290,14 +300,14 @@ def test_an_adopted_replica_that_ends_before_the_first_report_is_no_failed_start
 def test_a_service_that_dies_again_and_again_is_started_ever_more_rarely():
     dying, now, pauses = service(demand=WAITING), NOW, []
     for _ in range(5):
-        ready = replace(dying, replicas=(replica(ready_at=now),))
+        ready = replace(dying, replicas=(replica(since=now),))
         dying = events.ended(ready, "r1", DIED, (), now + 1)
         pauses.append(dying.not_before - now - 1)
         assert decide(dying, now, now + 1) == (() if pauses[-1] else (Launch(),))
         now = max(dying.not_before, now + 1)
         assert decide(dying, now, now) == (Launch(),)
     assert pauses == [0, 1, 2, 4, 8]
-    steady = replace(dying, replicas=(replica(ready_at=now - 61),))
+    steady = replace(dying, replicas=(replica(since=now - 61),))
     assert events.ended(steady, "r1", DIED, (), now).not_before == now
 
 
@@ -308,7 +318,7 @@ def test_of_two_adopted_replicas_the_older_one_drains():
 
 
 def test_the_snapshot_has_a_refusal_only_while_nothing_can_start():
-    failed = events.failed(service(), "start-failed", "exited", ("line",), NOW)
+    failed = events.failed(service(), starting(), "start-failed", "exited", ("line",), NOW)
     refusal = snapshot.refusal(failed, NOW)
     assert refusal == {"code": "start-failed", "reason": "exited", "log": ["line"]}
     assert snapshot.refusal(failed, NOW + 1) is None
@@ -332,7 +342,7 @@ def test_ages_are_no_reason_for_a_new_snapshot():
         (service(starting()), "waking"),
         (service(replica()), "ready"),
         (service(drained()), "draining"),
-        (events.failed(service(), "start-failed", "x", (), NOW), "failed"),
+        (events.failed(service(), starting(), "start-failed", "x", (), NOW), "failed"),
     ],
 )
 def test_the_state_in_one_word(found, state):

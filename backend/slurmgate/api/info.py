@@ -12,13 +12,14 @@ from typing import Any
 
 from flask import Blueprint, Response, request
 
-from slurmgate import __version__, snapshot
+from slurmgate import __version__, nodes, scaling, snapshot
 from slurmgate.control import Control
 from slurmgate.fleet import View
 from slurmgate.model import Phase
 from slurmgate.observed import LAUNCHING, Replica, Service
 from slurmgate.ports import Clock
 from slurmgate.reload import Reloader
+from slurmgate.starts import cold_start_s
 
 RUNNING = frozenset({Phase.RUNNING, Phase.STARTING, Phase.READY, Phase.DRAINING})
 
@@ -97,14 +98,24 @@ def service_info(service: Service, view: View, now: float, *, private: bool) -> 
         "in_flight": demand.in_flight,
         "requests": demand.requests,
         "idle_s": _rounded(idle),
-        "stops_in_s": None if idle is None else _rounded(max(0.0, spec.timeout - idle)),
+        "stops_in_s": _stops_in(service, idle),
         "retry_after_s": None if state == "ready" else _rounded(snapshot.estimate(service, now)),
+        "cold_start_s": cold_start_s(service.recent),
+        "replicas_wanted": max(scaling.wanted(service, now), scaling.kept(service, now)),
+        "excluded_nodes": list(nodes.avoided(service, now)) if private else [],
         "replicas": [_replica(r, now, private=private) for r in service.replicas],
     }
     failure = service.failure
     lines = service.last_output if failure is None else failure.log
     entry["log"] = list(lines) if private else []
     return entry
+
+
+def _stops_in(service: Service, idle: float | None) -> float | None:
+    """When its last replica stops if nobody asks any more; None while that is not to happen."""
+    if idle is None or scaling.floor(service):
+        return None
+    return _rounded(max(0.0, service.spec.timeout - idle))
 
 
 def _reason(service: Service, now: float, *, private: bool) -> str | None:
@@ -128,6 +139,7 @@ def _replica(replica: Replica, now: float, *, private: bool) -> dict[str, Any]:
         "node": replica.node if private else None,
         "reason": reason if private else None,
         "since_s": _rounded(now - replica.since),
+        "in_flight": replica.in_flight,
         "notice": replica.notice if private else None,
         "starts_in_s": _until(replica.starts_at, now),
         "ends_in_s": _until(replica.ends_at, now),
