@@ -64,8 +64,9 @@ def _of(starts: Sequence[Start], name: str | None) -> Sequence[Start]:
     if picked:
         return picked
     names = sorted({start.service for start in starts})
-    others = f"there are starts of {', '.join(map(history.shown, names))}" if names else "nor any"
-    raise StateError(f"no start of {history.shown(name)} is on record; {others}")
+    listed = ", ".join(map(history.shown, names))
+    others = f"; there are starts of {listed}" if names else ", nor of any other service"
+    raise StateError(f"no start of {history.shown(name)} is on record{others}")
 
 
 def _row(start: Start) -> tuple[str, ...]:
