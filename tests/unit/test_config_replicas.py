@@ -199,7 +199,7 @@ def test_what_only_says_how_many_replicas_replaces_none_of_them(folder: Path, la
         ),
         (
             slurm(replicas={"max": 2}, affinity="header:X_Session"),
-            "affinity: no request has this: the gate takes headers of letters, digits and '-' only",
+            "affinity: this header never comes: nginx takes only those of letters, digits and '-'",
         ),
         (
             slurm(replicas={"max": 3}, port_range=[3000, 3002]),

@@ -19,7 +19,7 @@ Entry = dict[str, Any]
 _HIGHEST_PORT = 65535
 _DEFAULT_STARTS = 30
 _DEFAULT_PORTS = (20000, 29999)
-# Headers with other characters never reach the gate's choice: nginx drops them.
+# Allowed by RFC 9110, but nginx takes a request's headers without those that have one of these.
 _DROPPED_BY_NGINX = frozenset("!#$%&'*+.^_`|~")
 
 
@@ -96,7 +96,7 @@ def _at_odds(entry: Entry, most: int) -> Iterator[tuple[JsonPath, str]]:
     if header is not None and _DROPPED_BY_NGINX.intersection(header):
         yield (
             ("affinity",),
-            "no request has this: the gate takes headers of letters, digits and '-' only",
+            "this header never comes: nginx takes only those of letters, digits and '-'",
         )
 
 
