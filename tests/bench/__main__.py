@@ -20,7 +20,11 @@ import httpx
 from tests.bench import (
     cold,
     crowd,
+    handover,
+    killed,
+    replicas,
     rest,
+    slot,
     slurm_cold,
     slurm_crowd,
     slurm_rest,
@@ -40,10 +44,14 @@ BENCHMARKS: dict[str, Callable[[bool], Outcome]] = {
     "cold": cold.cold,
     "crowd": crowd.crowd,
     "rest": rest.rest,
+    "replicas": replicas.replicas,
+    "slot": slot.slot,
+    "killed": killed.killed,
     "slurm_cold": slurm_cold.slurm_cold,
     "slurm_tunnel": slurm_tunnel.slurm_tunnel,
     "slurm_crowd": slurm_crowd.slurm_crowd,
     "slurm_rest": slurm_rest.slurm_rest,
+    "handover": handover.handover,
 }
 
 
