@@ -21,6 +21,7 @@ local tonumber = tonumber
 
 local FLUSH_S = 0.02
 local ANSWER_TTL = 3600
+local LAST_WORDS_S = 0.1
 
 local ends = {}     -- service → end of its last use
 local flushed = {}  -- service → newest end in the shared dict
@@ -142,11 +143,12 @@ function _M.last_of(list)
 end
 
 -- Whether a suspected replica has begun to answer this request since it is suspected. The end of a
--- request says nothing: what was under way when a replica died ends just then.
+-- request says nothing: what was under way when a replica died ends just then, and a last header it
+-- wrote is read a moment later.
 local function disproves(var, suspected, now)
     local header = tonumber(_M.last_of(var.upstream_header_time))
     local whole = tonumber(_M.last_of(var.upstream_response_time))
-    return header ~= nil and whole ~= nil and now - (whole - header) > suspected
+    return header ~= nil and whole ~= nil and now - (whole - header) > suspected + LAST_WORDS_S
 end
 
 local function note_answer(var, replica)

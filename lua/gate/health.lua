@@ -28,8 +28,11 @@ local function pace(replica, now)
     if replica.phase == "starting" then
         local age = now - replica.running_since
         return min(slowest, max(quickest, age * START_SHARE))
-    elseif store.suspected(replica.id, replica.gen) then
-        return slowest
+    end
+    local suspected = store.suspected(replica.id, replica.gen)
+    if suspected then
+        -- It gets no request meanwhile. A burst is over soon, a death is not.
+        return min(slowest, max(quickest, now - suspected))
     end
     return health.interval
 end
