@@ -208,9 +208,8 @@ def _decide_pending(service: Service, replica: Replica, now: float) -> Action | 
 
 
 def _expected(service: Service, now: float) -> bool:
-    """Is any replica wanted, or one to take the place of another?"""
-    old = scaling.outdated(service, now)
-    if old and scaling.kept(service, scaling.replaced_from(service, old, now)) > 0:
+    """Is any replica wanted? Beside one that is ready, others go by rules for all together."""
+    if any(r.phase is Phase.READY for r in scaling.going(service)):
         return True
     return scaling.wanted(service, now) > 0
 
