@@ -17,13 +17,14 @@ local crc32_long = ngx.crc32_long
 local floor = math.floor
 local ipairs = ipairs
 local max = math.max
+local min = math.min
 
 local GROWTH = 16
 local WINDOW_S = 0.005
 local PERIOD_S = 5
 local CONNECT_TIMEOUT_S = 5
 local TRIES = 8
-local SUSPECT_AFTER_ALONE = 3
+local SUSPECT_AFTER = 3
 local SUSPECT_TTL_S = 600
 
 local turn = 0 -- breaks ties between equally loaded replicas
@@ -79,8 +80,20 @@ local function within_pace(replica, n)
     return true
 end
 
+-- Slots of a replica that are free; negative for a moment while too many try.
+local function free_slots(service, tags, replica)
+    return service.max_in_flight - activity.on_replica(tags, replica)
+end
+
+-- Counted before it is compared: of those who try for the last slot at once none may get it, but
+-- never two.
+local function within_bound(service, replica)
+    return service.max_in_flight == 0 or free_slots(service, store.workers(), replica) >= 0
+end
+
 --- Admit a request to a replica of its service, and count it there. Returns the replica; or nil and
---- "none" (nothing to route to), "paced" (not yet) or "gone" (the service is no more).
+--- "none" (nothing to route to), "full" (every slot taken), "paced" (not yet) or "gone" (the
+--- service is no more).
 function _M.admit(var, service)
     for _ = 1, TRIES do
         local replica = pick(var, service)
@@ -89,11 +102,12 @@ function _M.admit(var, service)
             -- Counted first, version read second: with that order "version n, replica at zero"
             -- proves to the backend that nobody can still reach the replica.
             if store.version() == registry.version() then
-                if within_pace(replica, n) then
+                local full = not within_bound(service, replica)
+                if not full and within_pace(replica, n) then
                     return replica
                 end
                 activity.drop_replica(var)
-                return nil, "paced"
+                return nil, full and "full" or "paced"
             end
             activity.drop_replica(var)
         end
@@ -108,16 +122,41 @@ function _M.admit(var, service)
     return nil, "paced"
 end
 
+local function pace_left(replica, now)
+    roll_period(replica, now)
+    local below_peak = max(replica.peak, replica.last_peak) - store.counted(replica.count_key)
+    local growth = GROWTH - store.grown(replica.id, now, WINDOW_S)
+    return max(0, below_peak) + max(0, growth)
+end
+
 --- How many requests this worker may send to a service just now; an estimate, it reserves nothing.
 function _M.capacity(service)
+    local bounded = service.max_in_flight > 0
+    local tags = bounded and store.workers()
     local total, now = 0, clock.now()
     for _, replica in ipairs(service.routable) do
-        roll_period(replica, now)
-        local below_peak = max(replica.peak, replica.last_peak) - store.counted(replica.count_key)
-        local growth = GROWTH - store.grown(replica.id, now, WINDOW_S)
-        total = total + max(0, below_peak) + max(0, growth)
+        local left = pace_left(replica, now)
+        if bounded then
+            left = max(0, min(left, free_slots(service, tags, replica)))
+        end
+        total = total + left
     end
     return total
+end
+
+--- Whether every slot of a service that has replicas to route to is taken.
+function _M.full(service)
+    local routable = service.routable
+    if service.max_in_flight == 0 or #routable == 0 then
+        return false
+    end
+    local tags = store.workers()
+    for i = 1, #routable do
+        if free_slots(service, tags, routable[i]) > 0 then
+            return false
+        end
+    end
+    return true
 end
 
 local function suspect(replica)
@@ -125,24 +164,13 @@ local function suspect(replica)
     store.suspect(replica.id, replica.gen, clock.now(), SUSPECT_TTL_S)
 end
 
-local function alone(replica)
-    for _, other in ipairs(replica.service.routable) do
-        if other ~= replica then
-            return false
-        end
-    end
-    return true
-end
-
---- Nothing could be sent to a replica: it is out of the choice until a poll that starts later
---- passes. If nothing else can be chosen, only a row of such failures does that: a burst overflows
---- the backlog of a tunnel's socket, and to hold every request for a poll would be worse than to
---- try those few again.
+--- Nothing could be sent to a replica. A row of such failures takes it out of the choice until a
+--- poll that starts later passes.
 function _M.connect_failed(id)
     local replica = registry.replica(id)
     if replica then
         replica.failures = replica.failures + 1
-        if replica.failures >= SUSPECT_AFTER_ALONE or not alone(replica) then
+        if replica.failures >= SUSPECT_AFTER then
             suspect(replica)
         end
     end

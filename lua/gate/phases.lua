@@ -8,6 +8,7 @@ local notifier = require "gate.notifier"
 local pages = require "gate.pages"
 local problem = require "gate.problem"
 local registry = require "gate.registry"
+local rooms = require "gate.rooms"
 local router = require "gate.router"
 local store = require "gate.store"
 
@@ -37,7 +38,7 @@ end
 local function serve(var, target, query)
     local service = target.service
     activity.arrive(var, target, query)
-    if not hold.busy(service.name) and balancer.admit(var, service) then
+    if not rooms.busy(service) and balancer.admit(var, service) then
         var.sg_tries = "1"
         var.sg_waited = "0.000"
         return
@@ -96,7 +97,7 @@ function _M.error()
         code = "bad-path"
     end
     var.sg_path = router.printable(path) or path
-    hold.forget(var)
+    rooms.forget(var)
     activity.abandon(var)
     return problem.send(code, { detail = detail })
 end
@@ -114,9 +115,9 @@ end
 --- A request has ended, however it did.
 function _M.log()
     local var = ngx.var
-    hold.forget(var)
+    rooms.forget(var)
     pages.forget(var)
-    hold.advance(activity.release(var, ngx.status ~= CLIENT_GONE))
+    rooms.advance(activity.release(var, ngx.status ~= CLIENT_GONE))
 end
 
 return _M

@@ -102,6 +102,7 @@ local function compile_service(entry, known, at, before)
         max_in_flight = value(entry.max_in_flight) or 0, -- per replica; 0: no bound
         affinity = header_variable(value(entry.affinity)),
         use_key = store.tag() .. ":u:" .. entry.name, requests_key = "requests:" .. entry.name,
+        busy_key = "busy:" .. entry.name,
         replicas = {}, routable = {},
     }
     local refusal = value(entry.refusal)

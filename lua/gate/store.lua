@@ -2,7 +2,8 @@
 --
 -- sg_counts  numbers of requests, keyed by worker; a dict of its own, because an evicted count
 --            would come back as a negative one
--- sg_state   the snapshot and its version, the workers' slots, health, demand, leases
+-- sg_state   the snapshot and its version, the workers' slots, what they show of their waiting
+--            rooms, health, demand, leases
 -- sg_pages   half-second copies of the backend's pages, and how often each was fetched
 --
 -- A worker is known by its tag "pid.start time", so a recycled pid is never taken for a dead
@@ -150,6 +151,40 @@ function _M.drop_zero(key)
         counts:delete(key)
     end
     return value == 0 or value == nil
+end
+
+-- Waiting rooms ------------------------------------------------------------------------------
+
+--- The next ticket; with the counts, because one that came back would be given out twice.
+function _M.ticket()
+    return _M.count("tickets", 1)
+end
+
+--- Show the other workers who waits for a service in this one, and all newcomers that somebody
+--- does; for so many seconds, or nil for nobody.
+function _M.show_queue(service, text, seconds)
+    local key = my_tag .. ":q:" .. service
+    if not text then
+        state:delete(key)
+        return
+    end
+    state:set(key, text, seconds)
+    state:set("busy:" .. service, true, seconds)
+end
+
+--- What a worker shows of who waits for a service there, or nil.
+function _M.shown_queue(tag, service)
+    return state:get(tag .. ":q:" .. service)
+end
+
+--- Nobody waits for a service any more.
+function _M.nobody_waits(service)
+    state:delete("busy:" .. service)
+end
+
+--- Whether anybody waits, by the key "busy:" and the service's name.
+function _M.somebody_waits(busy_key)
+    return state:get(busy_key) ~= nil
 end
 
 -- Snapshot -----------------------------------------------------------------------------------

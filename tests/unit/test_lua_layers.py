@@ -14,15 +14,16 @@ LAYERS = (
     {"phases"},
     {"duties", "pages"},
     {"hold", "health"},
-    {"balancer", "notifier"},
+    {"refusal", "rooms"},
+    {"balancer", "bodies", "notifier"},
     {"activity"},
     {"registry"},
-    {"router", "picker", "prefer", "problem", "http"},
+    {"router", "picker", "prefer", "queue", "problem", "http"},
     {"store", "settings"},
     {"clock", "client"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-PURE = ("router", "picker", "prefer")
+PURE = ("router", "picker", "prefer", "queue")
 
 COMMENT = re.compile(r"--\[(=*)\[.*?\]\1\]|--[^\n]*", re.DOTALL)
 REQUIRE = re.compile(r"""\brequire\b\s*\(?\s*(?:"([^"]*)"|'([^']*)'|(\S+))""")
