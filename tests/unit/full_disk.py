@@ -60,8 +60,8 @@ def free(folder: Path, kind: str) -> None:
 
 
 def remount(folder: Path, how: str) -> bool:
-    """Fails while a file is open for writing."""
-    command = ["mount", "-o", f"remount,{how}", str(folder)]
+    """Fails while a file is open for writing; without ``bind`` only root may do it."""
+    command = ["mount", "-o", f"remount,bind,{how}", str(folder)]
     return subprocess.run(command, stderr=subprocess.DEVNULL, timeout=20).returncode == 0
 
 
