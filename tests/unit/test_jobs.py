@@ -12,6 +12,7 @@ from slurmgate.launchers.job import (
     Cancel,
     Connect,
     Disconnect,
+    FindNode,
     Finish,
     GiveUp,
     Inquire,
@@ -251,7 +252,54 @@ def test_a_job_whose_node_could_not_run_it_makes_room_for_another_and_nobody_is_
     assert (job.stopping, effects) == (True, (Disconnect(1), Cancel("7")))
     assert look(job, shown, at=NOW + 61)[1] == ()
     _, effects = look(job, row(Standing.ENDED), at=NOW + 62)
-    assert effects == (Disconnect(1), Finish(End(f"job 7: {why}", Fault.NOBODY)))
+    assert effects == (Disconnect(1), Finish(End(f"job 7: {why}", Fault.NOBODY, bad_node="n1")))
+
+
+LAUNCH_FAILED = row(
+    Standing.QUEUED, reason="launch failed requeued held", permanent=True, not_launched=True
+)
+
+
+@pytest.mark.parametrize("node", ["n2", None])
+def test_which_node_could_not_run_it_is_found_out_before_it_is_cancelled(node):
+    job, effects = look(queued(), LAUNCH_FAILED)
+    assert (job.stopping, effects) == (False, (FindNode("7"),))
+    assert look(job, LAUNCH_FAILED, at=NOW + 61)[1] == ()
+    assert jobs.node_found(job, "8", "n3", NOW + 62) == (job, ())
+    job, effects = jobs.node_found(job, "7", node, NOW + 62)
+    assert (job.stopping, effects) == (True, (Cancel("7"),))
+    _, (finish,) = look(job, row(Standing.ENDED), at=NOW + 63)
+    assert isinstance(finish, Finish)
+    assert (finish.end.fault, finish.end.bad_node) == (Fault.NOBODY, node)
+
+
+def test_a_node_where_it_ran_before_it_waited_again_is_not_to_blame():
+    job, _ = look(running(), row(Standing.QUEUED), at=NOW + 60)
+    _, effects = look(job, LAUNCH_FAILED, at=NOW + 70)
+    assert effects == (FindNode("7"),)
+
+
+def test_a_node_seen_while_the_failed_launch_was_cleaned_up_is_to_blame():
+    job, _ = look(queued(), row(Standing.COMPLETING, node="n2"))
+    job, _ = look(job, LAUNCH_FAILED, at=NOW + 61)
+    assert (job.stopping, job.blamed) == (True, "n2")
+
+
+def test_a_job_that_runs_after_all_while_its_node_is_looked_for_goes_on():
+    job, _ = look(queued(), LAUNCH_FAILED)
+    job, _ = look(job, row(), at=NOW + 61)
+    assert jobs.node_found(job, "7", "n1", NOW + 62) == (job, ())
+
+
+def test_the_end_by_its_time_limit_follows_what_slurm_says_and_goes_with_the_run():
+    job, _ = look(running(), row(ends_at=NOW + 600))
+    assert job.ends_at == NOW + 600
+    job, _ = look(job, row(ends_at=NOW + 90), at=NOW + 61)
+    assert job.ends_at == NOW + 90
+    again, _ = look(job, row(), at=NOW + 62)
+    assert again.ends_at is None
+    job, _ = look(job, row(Standing.QUEUED, starts_at=NOW + 300), at=NOW + 62)
+    assert (job.ends_at, job.starts_at) == (None, NOW + 300)
 
 
 def test_a_running_job_is_connected_to_until_the_tunnel_is_open():

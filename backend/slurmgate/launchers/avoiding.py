@@ -2,7 +2,9 @@
 
 An ``--exclude`` of the user's stays in force: sbatch takes the last one it is given, so theirs is
 put into ours. A node that the user insists on with ``--nodelist`` is not excluded: Slurm would
-never start the job.
+never start the job. Nor is any when Slurm says that nothing is left then, or that it has no such
+node any more; that is asked beforehand, because a submission that was refused stays in its list
+under the name of the job.
 """
 
 from __future__ import annotations
@@ -47,6 +49,13 @@ for sg_node in {nodes}; do
   esac
 done
 """
+_ASK = r"""sg_said=$("$sg_sbatch" --test-only {args} "--exclude=$sg_exclude" \
+  "$sg_script" {port} 2>&1)
+case $sg_said in
+  *"Invalid node name"*|*"node configuration is not available"*|*"nodes not in this partition"*)
+    sg_exclude= ;;
+esac
+"""
 
 
 def nameable(names: Iterable[str]) -> tuple[str, ...]:
@@ -61,10 +70,11 @@ def nameable(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def text(args: Sequence[str], nodes: Sequence[str]) -> str:
+def text(args: Sequence[str], port: int, nodes: Sequence[str]) -> str:
     """Shell text that sets ``sg_exclude`` to what ``--exclude`` shall say; empty: nothing.
 
-    ``args`` are those of sbatch; ``sg_lines`` has what the script's own ``#SBATCH`` lines say.
+    ``args`` are those of sbatch, ``port`` that of the script; ``sg_lines`` has what the script
+    itself says behind ``#SBATCH``.
     """
     if not nodes:
         return "sg_exclude=\n"
@@ -75,4 +85,5 @@ def text(args: Sequence[str], nodes: Sequence[str]) -> str:
         + f"sg_exclude={_OWN_EXCLUDE if exclude is None else shlex.quote(exclude)}\n"
         + f"sg_pinned={_OWN_NODELIST if pinned is None else shlex.quote(pinned)}\n"
         + _MERGE.format(nodes=shlex.join(nodes))
+        + _ASK.format(args=shlex.join(args), port=port)
     )

@@ -23,6 +23,7 @@ from slurmgate.launchers.job import (
     Connect,
     Disconnect,
     Effect,
+    FindNode,
     Finish,
     GiveUp,
     Inquire,
@@ -258,6 +259,8 @@ class Crew:
                 self._cancel(str(post.name), job_id)
             case Inquire(job_id):
                 do(None, lambda: self._inquire(post, job, job_id))
+            case FindNode(job_id):
+                do(None, lambda: self._find_node(post, job_id))
             case Connect(gen, node):
                 if not self._desk.ways.has(replica, gen):
                     do(("connect", replica, gen), lambda: self._connect(replica, gen, node))
@@ -298,6 +301,15 @@ class Crew:
                 if post.replica in self._posts:
                     self._lines[post.replica] = found.lines
                 self.fold(post.replica, lambda known: jobs.answered(known, found.answer))
+
+    def _find_node(self, post: Post, job_id: str) -> None:
+        node = None
+        try:
+            node = self._host.unfit_node(post.name, job_id)
+        finally:
+            self.fold(
+                post.replica, lambda known: jobs.node_found(known, job_id, node, self._clock())
+            )
 
     def _connect(self, replica: str, gen: int, node: str) -> None:
         try:

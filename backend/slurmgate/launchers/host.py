@@ -8,6 +8,7 @@ answered, at most for its time limit and the few seconds that SSH takes to give 
 from __future__ import annotations
 
 import logging
+import re
 import shlex
 import threading
 import time
@@ -134,7 +135,7 @@ class Host:
         for row in slurm_format.parse_listing(output.out).rows:
             name = JobName.parse(row.name)
             if name is not None and name.instance == instance:
-                found.append(Listed(name, row.state, self._read(row, now, wall)))
+                found.append(Listed(name, row.state, self._read(row, output.began, now, wall)))
         mentioned = output.out.count(f"|sg.{instance}.")
         return Listing(tuple(found), output.began, mentioned <= len(found))
 
@@ -171,11 +172,20 @@ class Host:
         ended = slurm_states.end_of(
             detail.state, ready=False, job_id=job_id, node=node, exit=detail.exit
         )
-        end = End(detail.state) if ended is None else End(ended.words, ended.fault)
+        end = End(detail.state) if ended is None else _end(ended, detail.nodes or node)
         if early and end.fault is Fault.SERVICE and slurm_states.port_taken(lines, name.port):
             fault = Fault.SERVICE if fixed else Fault.PORT
             end = End(f"port {name.port} is taken on node {node}", fault)
         return Inquiry(Answer(job_id, began, standing, end=end), lines)
+
+    def unfit_node(self, name: JobName, job_id: str) -> str | None:
+        """Find out which node could not run a job; None when Slurm does not say."""
+        try:
+            output = self._run(slurm_format.unfit_script(job_id), ASK)
+        except SlurmgateError as error:
+            log.info("where job %s could not be run is not found out: %s", job_id, error)
+            return None
+        return slurm_format.parse_unfit(str(name), output.out)
 
     def tail(self, job_id: str, lines: int) -> list[str]:
         """Give the last lines a job has printed; none when the host does not say."""
@@ -229,7 +239,7 @@ class Host:
             ' make it known as remote_setup, for example ["module load slurm"]'
         )
 
-    def _read(self, row: slurm_format.Row, now: float, wall: float) -> Row:
+    def _read(self, row: slurm_format.Row, began: float, now: float, wall: float) -> Row:
         """Say what a row means for a replica, with times of our monotonic clock."""
         kind = slurm_states.kind_of(row.state)
         if kind is None:
@@ -244,14 +254,14 @@ class Host:
         return Row(
             job_id=row.job_id,
             standing=_STANDINGS[kind],
-            end=None if ended is None else End(ended.words, ended.fault),
+            end=None if ended is None else _end(ended, row.nodes or row.batch_host),
             node=None if queued else row.batch_host or row.nodes,
             reason=_reason(row, waiting),
             permanent=kind is Kind.HELD or (waiting is not None and waiting.forever),
             not_launched=waiting is not None and waiting.not_launched,
             began=None if queued or row.starts_at is None else float(row.starts_at),
             starts_at=None if starts_at is None else max(now, now + starts_at - wall),
-            ends_at=None if queued or row.left is None else now + row.left,
+            ends_at=None if queued else _ends_at(row, began, now - wall),
         )
 
     def _note_unknown(self, state: str) -> None:
@@ -266,6 +276,23 @@ def _reason(row: slurm_format.Row, waiting: slurm_states.Waiting | None) -> str 
     if waiting is not None:
         return waiting.text
     return None if row.state in ("PENDING", "RUNNING") else row.state.lower().replace("_", " ")
+
+
+def _end(ended: slurm_states.Ended, nodes: str | None) -> End:
+    """Name the node that failed where it was the only one: of several, Slurm does not say which."""
+    blamed = nodes if ended.by_node and nodes and not re.search(r"[\[,]", nodes) else None
+    return End(ended.words, ended.fault, bad_node=blamed)
+
+
+def _ends_at(row: slurm_format.Row, began: float, offset: float) -> float | None:
+    """Say when its time limit ends it, rather too early than too late.
+
+    The seconds that are left need no clock, but Slurm does not give them where somebody changed the
+    end instead of the limit.
+    """
+    if row.left is not None:
+        return began + row.left
+    return None if row.ends_at is None else row.ends_at + offset
 
 
 def _words(output: Output) -> str:

@@ -79,7 +79,9 @@ class Job:
     ``gen`` counts its starts on a node, 0 before the first; ``started`` is when Slurm says that
     one was. ``waiting_since`` is when it came into the queue. ``doubted_at`` is when it was last
     found not to be reached though it runs, ``doubted_since`` since when that is so. ``given_up`` is
-    why it is cancelled though nobody asked for that.
+    why it is cancelled though nobody asked for that. ``was_at`` is where it was last seen to run
+    since it was last seen to wait. ``unlaunched`` says that a node could not run it, while it is
+    being found out which one: ``blamed``.
     """
 
     replica: str
@@ -107,6 +109,9 @@ class Job:
     endpoint: str | None = None
     hopeless: bool = False
     given_up: str | None = None
+    was_at: str | None = None
+    unlaunched: str | None = None
+    blamed: str | None = None
     reason: str | None = None
     notice: str | None = None
     starts_at: float | None = None
@@ -128,6 +133,13 @@ class Cancel:
 @dataclass(frozen=True, slots=True)
 class Inquire:
     """Ask what is known of this job, and if it has ended how, with its last lines."""
+
+    job_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class FindNode:
+    """Find out which node could not run this job."""
 
     job_id: str
 
@@ -161,7 +173,7 @@ class GiveUp:
     reason: str
 
 
-Effect = Submit | Cancel | Inquire | Connect | Disconnect | Finish | GiveUp
+Effect = Submit | Cancel | Inquire | FindNode | Connect | Disconnect | Finish | GiveUp
 Step = tuple[Job, tuple[Effect, ...]]
 
 

@@ -20,6 +20,7 @@ from slurmgate.launchers.job import (
     Connect,
     Disconnect,
     Effect,
+    FindNode,
     Finish,
     GiveUp,
     Inquire,
@@ -164,6 +165,8 @@ def _taken(job: Job, row: Row, began: float) -> Step:
         cancelled_at=float("-inf"),
         final=None,
         completing_since=None,
+        was_at=None,
+        unlaunched=None,
         reason=None,
     ), effects
 
@@ -173,7 +176,7 @@ def _shown(job: Job, row: Row, now: float) -> Step:
         return job, ()
     if row.standing is Standing.COMPLETING:
         since = now if job.completing_since is None else job.completing_since
-        return replace(job, completing_since=since), ()
+        return replace(job, completing_since=since, was_at=row.node or job.was_at), ()
     if row.standing is Standing.ENDED:
         return _over(replace(job, final=row.end or _vanished(job)), row)
     job = replace(job, completing_since=None, final=None)
@@ -204,18 +207,43 @@ def _queued(job: Job, row: Row, now: float) -> Step:
         running_at=None,
         ends_at=None,
     )
-    if row.not_launched:  # Slurm would not try again, and nobody is at fault: another job may
-        return replace(job, stopping=True, given_up=f"job {row.job_id}: {row.reason}"), effects
+    if row.not_launched:
+        job, more = _not_launched(job, row)
+        return job, (*effects, *more)
+    job = replace(job, was_at=None, unlaunched=None)
     if row.permanent and not job.hopeless:
         job = replace(job, hopeless=True)
         effects = (*effects, GiveUp(f"job {row.job_id} cannot start: {row.reason or 'held'}"))
     return job, effects
 
 
+def _not_launched(job: Job, row: Row) -> Step:
+    """Slurm would not try again, and nobody is at fault: another job may fare better.
+
+    Which node it was is told by its end, and Slurm forgets it with the job.
+    """
+    why = f"job {row.job_id}: {row.reason}"
+    if job.was_at is not None:
+        return replace(job, stopping=True, given_up=why, blamed=job.was_at), ()
+    if job.unlaunched is not None:
+        return job, ()
+    return replace(job, unlaunched=why), (FindNode(row.job_id),)
+
+
+def node_found(job: Job, job_id: str, node: str | None, now: float) -> Step:
+    """This node could not run it; None when that could not be found out."""
+    if job.stage is Stage.ENDED or job.job_id != job_id or job.unlaunched is None:
+        return job, ()
+    return _cancelled(
+        replace(job, stopping=True, given_up=job.unlaunched, unlaunched=None, blamed=node), now
+    )
+
+
 def _running(job: Job, row: Row, now: float) -> Step:
-    job = replace(job, ends_at=row.ends_at, starts_at=None)
+    job = replace(job, ends_at=row.ends_at, starts_at=None, unlaunched=None)
     if row.node is None:  # Slurm has not said where yet
         return job, ()
+    job = replace(job, was_at=row.node)
     suspended = "suspended by Slurm" if row.standing is Standing.SUSPENDED else None
     if job.stage is Stage.RUNNING and not _restarted(job, row):
         if suspended or job.reason == "suspended by Slurm":
@@ -309,7 +337,9 @@ def answered(job: Job, answer: Answer) -> Step:
 
 
 def _cancellation(job: Job) -> End:
-    return End(job.given_up or f"job {job.job_id} was cancelled", Fault.NOBODY)
+    if job.given_up is not None:
+        return End(job.given_up, Fault.NOBODY, bad_node=job.blamed)
+    return End(f"job {job.job_id} was cancelled", Fault.NOBODY)
 
 
 def _vanished(job: Job) -> End:

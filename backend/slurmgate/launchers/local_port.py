@@ -12,19 +12,18 @@ from collections.abc import Container
 from slurmgate.errors import StartRefused
 from slurmgate.model import ServiceSpec
 
+HIGHEST = 65535
+
 
 def choose(spec: ServiceSpec, held: Container[int]) -> int:
     """Give a port that nobody listens on and that is not ``held``; StartRefused if there is none.
 
-    A fixed port counts upward over those held; an automatic one comes out of ``port_range``, at
-    random, so that several gates on one machine rarely try the same.
+    A fixed port counts upward over those held, and where a service may have several replicas over
+    those of others as well. An automatic one comes out of ``port_range``, at random, so that
+    several gates on one machine rarely try the same.
     """
     if spec.remote_port is not None:
-        port = next(p for p in range(spec.remote_port, 1 << 17) if p not in held)
-        refusal = _refusal(port)
-        if refusal is not None:
-            raise StartRefused(f"port {port} is not free: {refusal}")
-        return port
+        return _counted(spec.remote_port, held, others=spec.replicas.max > 1)
     low, high = spec.port_range
     count = high - low + 1
     first = random.randrange(count)
@@ -33,6 +32,17 @@ def choose(spec: ServiceSpec, held: Container[int]) -> int:
         if port not in held and _refusal(port) is None:
             return port
     raise StartRefused(f"no port of {low}-{high} is free")
+
+
+def _counted(first: int, held: Container[int], *, others: bool) -> int:
+    """Give the first port from there that is not held; with ``others``, that nobody listens on."""
+    for port in (p for p in range(first, HIGHEST + 1) if p not in held):
+        refusal = _refusal(port)
+        if refusal is None:
+            return port
+        if not others:
+            raise StartRefused(f"port {port} is not free: {refusal}")
+    raise StartRefused(f"no port from {first} upward is free")
 
 
 def _refusal(port: int) -> str | None:
@@ -44,6 +54,4 @@ def _refusal(port: int) -> str | None:
                 probe.bind((host, port))
             except OSError as error:
                 return error.strerror or str(error)
-            except OverflowError:
-                return "the highest port is 65535"
     return None

@@ -76,7 +76,12 @@ def new(
             local=local,
         ),
     )
-    return Post(record, name, at.now, spec, fixed=spec.remote_port is not None, avoid=avoid)
+    return Post(record, name, at.now, spec, fixed=_is_fixed(spec, name.port), avoid=avoid)
+
+
+def _is_fixed(spec: ServiceSpec, port: int) -> bool:
+    """Whether it has to be this port: one that was counted upward may be another one next time."""
+    return port == spec.remote_port and spec.replicas.max <= 1
 
 
 def recorded(record: Record, spec: ServiceSpec | None, at: Moment) -> Post | None:
@@ -94,7 +99,7 @@ def recorded(record: Record, spec: ServiceSpec | None, at: Moment) -> Post | Non
         name,
         created=at.now - max(0.0, at.wall - record.created),
         spec=spec if same else None,
-        fixed=spec is not None and spec.remote_port is not None,
+        fixed=spec is not None and _is_fixed(spec, name.port),
         address=None if job.address is None else (job.gen, job.address),
         told=not record.stopping,
     )

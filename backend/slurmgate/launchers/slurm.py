@@ -12,7 +12,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from slurmgate import procfs
 from slurmgate.errors import CannotStart, SlurmgateError, StartRefused
@@ -50,11 +50,12 @@ SiteKey = tuple[SshSpec | None, tuple[str, ...]]
 
 @dataclass(frozen=True, slots=True)
 class _Held:
-    """Where a replica is, from before its submission to its end."""
+    """Where a replica is, from before its submission to its end; ``leaving``: it was stopped."""
 
     site: Site
     service: str
     port: int
+    leaving: bool = False
 
 
 class SlurmLauncher:
@@ -130,7 +131,10 @@ class SlurmLauncher:
 
     def stop(self, replica: str) -> None:
         """Cancel the replica's job, as soon as it is known which one that is."""
-        held = self._held.get(replica)
+        with self._lock:
+            held = self._held.get(replica)
+            if held is not None:
+                self._held[replica] = replace(held, leaving=True)
         if held is not None:
             held.site.crew.stop(replica)
 
@@ -220,7 +224,8 @@ class SlurmLauncher:
             site = None if spec is None else self._sites.get(_key(spec))
             if spec is None or site is None or site.crew is not crew:
                 return None
-            if any(held.service == spec.name for held in self._held.values()):
+            known = sum(held.service == spec.name for held in self._held.values())
+            if known > spec.replicas.max:  # one more than that may be there while it replaces one
                 return None
             self._held[name.replica] = _Held(site, spec.name, name.port)
         return posts.new(spec, name, self._boot, self._moment())
@@ -290,7 +295,8 @@ class SlurmLauncher:
             self.records.remove(record.replica)
             return None
         site, _ = self._site(post.job.ssh, post.job.setup)
-        self._held[record.replica] = _Held(site, record.service, record.port)
+        held = _Held(site, record.service, record.port, leaving=record.stopping)
+        self._held[record.replica] = held
         site.crew.add(post, posts.job_of(post, at, UNCONFIRMED_MAX))
         return post
 
@@ -321,23 +327,43 @@ class SlurmLauncher:
             if spec.remote_port is None:
                 port = self._free_port(spec.port_range, site)
             else:
-                mine = {held.port for held in self._held.values() if held.service == spec.name}
-                port = _counted(spec, mine)
+                port = self._counted_port(spec, site)
             self._held[replica] = _Held(site, spec.name, port)
         name = JobName(self.instance, self.owner, replica, port, spec.start_hash(), spec.route_name)
         return posts.new(spec, name, self._boot, self._moment(), avoid)
 
     def _free_port(self, bounds: tuple[int, int], site: Site) -> int:
         """Choose a port that no replica there has and that was not found taken lately."""
-        now = self._clock()
-        self._taken = {k: at for k, at in self._taken.items() if now - at < PORT_AVOIDED}
         avoided = {held.port for held in self._held.values() if held.site is site}
         everything = range(bounds[0], bounds[1] + 1)
-        for avoid in (avoided | {port for s, port in self._taken if s is site}, avoided):
+        for avoid in (avoided | self._found_taken(site), avoided):
             free = [port for port in everything if port not in avoid]
             if free:
                 return random.choice(free)
         raise CannotStart(f"every port of port_range {bounds[0]}-{bounds[1]} is in use")
+
+    def _counted_port(self, spec: ServiceSpec, site: Site) -> int:
+        """Choose the fixed port of a service, or the first one upward that none of its others has.
+
+        Where one replica is meant it gets that port back from one that was stopped: a script may
+        know no other.
+        """
+        assert spec.remote_port is not None
+        single = spec.replicas.max <= 1
+        mine = [held for held in self._held.values() if held.service == spec.name]
+        had = {held.port for held in mine if not (single and held.leaving)}
+        taken = self._found_taken(site) - ({spec.remote_port} if single else set())
+        for avoid in (had | taken, had):
+            for port in range(spec.remote_port, HIGHEST_PORT + 1):
+                if port not in avoid:
+                    return port
+        raise CannotStart(f"no port from {spec.remote_port} upward is free")
+
+    def _found_taken(self, site: Site) -> set[int]:
+        """Give the ports that somebody else had on a node not long ago."""
+        now = self._clock()
+        self._taken = {k: at for k, at in self._taken.items() if now - at < PORT_AVOIDED}
+        return {port for where, port in self._taken if where is site}
 
     def _cancel_all(self, sites: Iterable[Site]) -> None:
         deadline = self._clock() + CANCEL_PATIENCE
@@ -357,14 +383,3 @@ class SlurmLauncher:
 
 def _key(spec: ServiceSpec) -> SiteKey:
     return spec.ssh, spec.remote_setup
-
-
-def _counted(spec: ServiceSpec, taken: set[int]) -> int:
-    """Give the fixed port of a service, or with several replicas the first free one from there."""
-    assert spec.remote_port is not None
-    if spec.replicas.max <= 1:
-        return spec.remote_port
-    for port in range(spec.remote_port, HIGHEST_PORT + 1):
-        if port not in taken:
-            return port
-    raise CannotStart(f"no port from {spec.remote_port} upward is free")

@@ -189,6 +189,38 @@ def detail_script(job_id: str, lines: int) -> str:
     )
 
 
+# What Slurm writes to a node on which it could not launch a job: it drains the node as well.
+_UNFIT = r"""SLURM_TIME_FORMAT=%s scontrol show job -o {job} 2>&1
+echo "{mark} $?"
+SLURM_TIME_FORMAT=%s sinfo --noheader --Node --list-reasons -o '%N|%H|%E' |
+  grep -E '\|(Prolog error|batch job complete failure)'
+"""
+
+
+def unfit_script(job_id: str) -> str:
+    """Shell text that asks where a job could not be launched, for ``parse_unfit``."""
+    return clean_environment() + _UNFIT.format(job=shlex.quote(job_id), mark=_MARK)
+
+
+def parse_unfit(name: str, text: str) -> str | None:
+    """Name the node on which the job of this name could not be launched.
+
+    The job has forgotten it; it is the one that failed first since Slurm last chose nodes for the
+    job. None when Slurm does not say.
+    """
+    shown, code, rest = _section(text)
+    line = shown.split("\n", 1)[0] if code == 0 else ""
+    chosen = _epoch(_field(line, "LastSchedEval") or "")
+    if chosen is None or _field(line, "JobName") != name:
+        return None
+    failed = []
+    for fields in (row.split("|", 2) for row in rest.split("\n")):
+        at = _epoch(fields[1]) if len(fields) == 3 else None
+        if at is not None and at >= chosen:
+            failed.append((at, fields[0].strip()))
+    return min(failed)[1] if failed else None
+
+
 def tail_script(path: str, lines: int) -> str:
     """Shell text that prints the end of a file; nothing when there is none."""
     return f"sg_file={shlex.quote(path)}\n" + _TAIL.format(lines=int(lines), most=_TAIL_BYTES)

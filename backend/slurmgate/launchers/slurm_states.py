@@ -70,6 +70,7 @@ class _Ended:
     words: str
     starting: Fault
     serving: Fault
+    by_node: bool = False
 
 
 _NO_OUTPUT = 53  # shown as ExitCode 0:53, and no signal at all
@@ -83,17 +84,21 @@ _ENDS = {
     "CANCELLED": _Ended("{job} was cancelled", Fault.NOBODY, Fault.NOBODY),
     "PREEMPTED": _Ended("{job} was preempted by another job", Fault.NOBODY, Fault.NOBODY),
     "REVOKED": _Ended("{job} was started by another cluster", Fault.NOBODY, Fault.NOBODY),
-    "NODE_FAIL": _Ended("{node} failed", Fault.NOBODY, Fault.NOBODY),
-    "BOOT_FAIL": _Ended("{node} did not boot", Fault.NOBODY, Fault.NOBODY),
+    "NODE_FAIL": _Ended("{node} failed", Fault.NOBODY, Fault.NOBODY, by_node=True),
+    "BOOT_FAIL": _Ended("{node} did not boot", Fault.NOBODY, Fault.NOBODY, by_node=True),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """Why a job ended, a clause with its subject ("job 4711 was cancelled"), and whose fault."""
+    """Why a job ended, a clause with its subject ("job 4711 was cancelled"), and whose fault.
+
+    ``by_node``: its node failed.
+    """
 
     words: str
     fault: Fault
+    by_node: bool = False
 
 
 def kind_of(state: str) -> Kind | None:
@@ -117,7 +122,7 @@ def end_of(
         node="its node" if node is None else f"node {node}",
         exit=_exit_words(state, exit),
     )
-    return Ended(words, how.serving if ready else how.starting)
+    return Ended(words, how.serving if ready else how.starting, how.by_node)
 
 
 def _exit_words(state: str, exit: Exit | None) -> str:

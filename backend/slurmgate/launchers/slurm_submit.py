@@ -153,7 +153,7 @@ def submit_script(
             "sg_output=\n" if has_output else _OWN_OUTPUT,
             _OWN_EXPORT if given_export is None else f"sg_export={shlex.quote(given_export)}\n",
             _EXPORT.format(names=",".join(name for name, _ in variables)),
-            avoiding.text(spec.sbatch_args, avoid),
+            avoiding.text(spec.sbatch_args, port, avoid),
             f'set -- "$sg_sbatch" {shlex.join(own)} "--export=$sg_export" '
             '${sg_exclude:+"--exclude=$sg_exclude"} '
             f'${{sg_output:+"$sg_output"}} "$sg_script" {port}\n',
