@@ -142,7 +142,9 @@ SCALARS = st.one_of(
     st.integers(),
     st.floats(),
     st.text(max_size=10),
-    st.sampled_from(["auto", "process", "slurm", "/", "x", "127.0.0.1:80", "~nobody/x", "1G"]),
+    st.sampled_from(
+        ["auto", "process", "slurm", "/", "x", "127.0.0.1:80", "~nobody/x", "1G", "header:X"]
+    ),
 )
 VALUES = st.recursive(
     SCALARS,

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from slurmgate.config import Findings, validate
 from slurmgate.errors import ConfigError
@@ -297,6 +299,18 @@ def test_the_other_service_is_named_by_its_place_in_the_file(folder: Path):
         and "Services[1]" in line
         for line in problems(document, folder)
     )
+
+
+@given(st.lists(st.tuples(st.integers(8000, 8020), st.integers(1, 4)), max_size=6))
+def test_services_are_refused_exactly_when_their_ports_meet(chosen: list[tuple[int, int]]):
+    used = [set(range(port, port + (most if most > 1 else 0) + 1)) for port, most in chosen]
+    meeting = {
+        late for late in range(len(used)) for early in range(late) if used[early] & used[late]
+    }
+    told = outcome(several(*(ports(*pair) for pair in chosen)), Path("/nowhere"))
+    places = {int(line.removeprefix("Services[").partition("]")[0]) for line in told}
+    assert bool(places) == bool(meeting)
+    assert places <= meeting
 
 
 def test_processes_share_the_ports_of_this_machine(folder: Path):
