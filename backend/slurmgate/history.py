@@ -75,8 +75,8 @@ def entry(start: Start) -> dict[str, Any]:
         "replica": shown(start.replica),
         "job_id": _maybe(start.job_id, _WORD_MAX),
         "node": _maybe(start.node, _WORD_MAX),
-        "queue_s": None if start.queue_s is None else round(start.queue_s, 3),
-        "start_s": None if start.start_s is None else round(start.start_s, 3),
+        "queue_s": _duration(start.queue_s),
+        "start_s": _duration(start.start_s),
         "outcome": start.outcome.value,
         "reason": _maybe(start.reason, _REASON_MAX),
     }
@@ -266,6 +266,11 @@ def _word(value: object) -> str:
     if not isinstance(value, str):
         raise ValueError("not a string")
     return value
+
+
+def _duration(value: float | None) -> float | None:
+    """Give a duration that can be read back: two machines' clocks may make it less than none."""
+    return None if value is None else round(min(max(value, 0.0), _SECONDS_MAX), 3)
 
 
 def _maybe(value: object, most: int) -> str | None:

@@ -105,6 +105,12 @@ def test_a_start_of_which_nothing_is_known_is_kept_too(path):
     assert found.outcome is Outcome.LOST
 
 
+def test_a_start_that_clocks_disagree_about_took_no_time(path):
+    keep(path, start(queue_s=-0.5, start_s=-0.0001))
+    (found,) = read(path).starts
+    assert (found.queue_s, found.start_s) == (0.0, 0.0)
+
+
 def test_starts_are_recent_before_they_are_on_the_disk(tmp_path):
     with history(tmp_path / "gone" / "history.jsonl") as kept:
         kept.add(start("a"))
