@@ -55,7 +55,7 @@ class Steady(threading.Thread):
         self._address = ("127.0.0.1", port)
         self._request = f"GET {path} HTTP/1.1\r\nHost: bench\r\n\r\n".encode()
         self._every = 1 / rate
-        self._stop = threading.Event()
+        self._over = threading.Event()
         self._poll = select.epoll()
         self._connections: dict[int, _Connection] = {}
         self._idle: list[_Connection] = []
@@ -69,13 +69,13 @@ class Steady(threading.Thread):
 
     def finish(self) -> list[Asked]:
         """Send no more, wait for the answers still to come, and give all."""
-        self._stop.set()
+        self._over.set()
         self.join()
         return self.answers
 
     def run(self) -> None:
         due = time.monotonic()
-        while not self._stop.is_set():
+        while not self._over.is_set():
             while due <= (now := time.monotonic()):
                 self._send(due)
                 due += self._every
