@@ -15,7 +15,16 @@ import pytest
 from slurmgate.errors import CannotStart, StartRefused
 from slurmgate.launchers.slurm import SlurmLauncher
 from slurmgate.launchers.slurm_format import JobName
-from slurmgate.model import End, Fault, Phase, ServiceSpec, Sighting, SshSpec, TunnelMode
+from slurmgate.model import (
+    End,
+    Fault,
+    Phase,
+    ReplicaBounds,
+    ServiceSpec,
+    Sighting,
+    SshSpec,
+    TunnelMode,
+)
 from slurmgate.records import Records
 from slurmgate.ssh import Remotes
 from slurmgate.state import StateDir
@@ -457,6 +466,164 @@ def test_a_stop_that_the_backend_did_not_live_to_finish_is_finished_by_the_next(
     until(lambda: not ours(lab))
     until(lambda: not Records(state.replicas).read_all())
     until(lambda: not any(state.tunnel_sockets.iterdir()))
+
+
+# -- several -----------------------------------------------------------------------------------
+
+
+def launch_together(backend: Backend, spec: ServiceSpec, *replicas: str) -> None:
+    threads = [
+        threading.Thread(target=try_launch, args=(backend, spec, r), daemon=True) for r in replicas
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(40)
+
+
+def logins(lab: Lab) -> int:
+    log = lab.folder / "log" / "sshd-login.log"
+    return log.read_text(errors="replace").count("Accepted publickey")
+
+
+@pytest.mark.parametrize("port", [None, 23000])
+def test_three_replicas_on_one_node_are_started_adopted_and_stopped_one_by_one(lab, boot, port):
+    changes = {"remote_port": port, "replicas": ReplicaBounds(max=3)}
+    spec = service(lab, sbatch_args=(f"--nodelist={lab.nodes[1]}",), **changes)
+    names = ("r1", "r2", "r3")
+    first = boot(spec)
+    launch_together(first, spec, *names)
+    reached = [first.ears.until_phase(name, Phase.STARTING) for name in names]
+    for sighting in reached:
+        until(partial(answers, sighting))
+        assert sighting.node == lab.nodes[1]
+    ports = {sighting.port for sighting in reached}
+    assert len(ports) == 3
+    assert port is None or ports == {port, port + 1, port + 2}
+    assert len(ours(lab)) == 3
+    first.die()
+
+    second = boot(spec)
+    assert {s.replica: s.job_id for s in second.adoption.sightings} == {
+        s.replica: s.job_id for s in reached
+    }
+    second.launcher.stop("r2")
+    assert second.ears.until_end("r2").fault is Fault.NOBODY
+    assert set(ours(lab)) == {reached[0].job_id, reached[2].job_id}
+    assert answers(reached[0])
+    assert answers(reached[2])
+    again = second.launcher.launch(spec, "r4").port
+    assert again not in {reached[0].port, reached[2].port}
+    assert port is None or again == reached[1].port
+    before = logins(lab)
+    for name in ("r1", "r3", "r4"):
+        second.launcher.stop(name)
+    for name in ("r1", "r3", "r4"):
+        second.ears.until_end(name)
+    assert logins(lab) == before
+    assert not ours(lab)
+
+
+def test_replicas_without_records_are_adopted_up_to_one_more_than_the_service_may_have(
+    lab, boot, state
+):
+    spec = service(lab, replicas=ReplicaBounds(max=2))
+    jobs = {
+        f"lost{n}": lab.sbatch(
+            f"--job-name=sg.{INSTANCE}.{state.owner}.lost{n}.{20001 + n}.{spec.start_hash()}.llm",
+            *(lab.probe_script("node"), str(20001 + n)),
+        )
+        for n in range(4)
+    }
+    backend = boot(spec)
+    until(lambda: len(ours(lab)) == 3)
+    kept = [name for name, job_id in jobs.items() if job_id in ours(lab)]
+    for name in kept:
+        until(partial(answers, backend.ears.until_phase(name, Phase.STARTING)))
+    assert len({s.replica for s in backend.ears.sightings}) == 3
+
+
+# -- nodes -------------------------------------------------------------------------------------
+
+
+def test_nodes_to_avoid_and_those_that_the_script_excludes_are_both_left_alone(lab, boot):
+    body = Path(lab.probe_script("node")).read_text().split("\n", 1)[1]
+    script = lab.script("choosy.sh", f"#SBATCH --exclude={lab.nodes[0]}\n{body}")
+    spec = service(lab, bash_file=script)
+    backend = boot(spec)
+    sighting = backend.launcher.launch(spec, "r1", avoid=(lab.nodes[1], "n[1-3]"))
+    shown = lab.run("scontrol", "show", "job", str(sighting.job_id)).stdout
+    assert "ExcNodeList=n[1-2]" in shown
+    reached = backend.ears.until_phase("r1", Phase.STARTING)
+    assert reached.node == lab.nodes[2]
+    until(lambda: answers(reached))
+
+
+@pytest.mark.parametrize("avoid", ["all", "unknown", "pinned"])
+def test_what_cannot_be_avoided_is_not(lab, boot, avoid):
+    nodes = {"all": lab.nodes, "unknown": ["n77"], "pinned": [lab.nodes[0]]}[avoid]
+    pinned = (f"--nodelist={lab.nodes[0]}",) if avoid == "pinned" else ()
+    spec = service(lab, sbatch_args=pinned)
+    backend = boot(spec)
+    backend.launcher.launch(spec, "r1", avoid=nodes)
+    backend.ears.until_phase("r1", Phase.STARTING)
+    assert len(ours(lab)) == 1
+
+
+def test_a_node_that_fails_is_named(own_lab, boot):
+    lab = own_lab()
+    spec = service(lab, sbatch_args=("--no-requeue",))
+    backend = boot(spec)
+    backend.launcher.launch(spec, "r1")
+    node = backend.ears.until_phase("r1", Phase.STARTING).node
+    lab.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
+    end = backend.ears.until_end("r1", 40)
+    assert (end.fault, end.bad_node) == (Fault.NOBODY, node)
+    assert end.reason == f"node {node} failed"
+
+
+def test_a_node_whose_prolog_fails_is_named_and_its_job_given_up(own_lab, boot, tmp_path):
+    prolog = tmp_path / "prolog"
+    prolog.write_text('#!/bin/sh\n[ "$SLURMD_NODENAME" != n2 ]\n')
+    prolog.chmod(0o755)
+    lab = own_lab(Prolog=prolog)
+    spec = service(lab)
+    broken = replace(spec, sbatch_args=("--nodelist=n2",))
+    backend = boot(broken)
+    backend.launcher.launch(broken, "r1")
+    end = backend.ears.until_end("r1", 40)
+    assert (end.fault, end.bad_node) == (Fault.NOBODY, "n2")
+    assert "launch failed requeued held" in end.reason
+    backend.launcher.launch(spec, "r2", avoid=("n2",))
+    assert backend.ears.until_phase("r2", Phase.STARTING).node != "n2"
+
+
+def test_when_a_job_will_end_follows_changes_of_its_limit(lab, boot, monkeypatch):
+    monkeypatch.setattr("slurmgate.launchers.pace.REST", 1.0)
+    spec = service(lab, sbatch_args=("--time=10",))
+    backend = boot(spec)
+    job_id = str(backend.launcher.launch(spec, "r1").job_id)
+    backend.ears.until_phase("r1", Phase.STARTING)
+
+    def ends_in() -> float | None:
+        found = backend.ears.last("r1")
+        assert found is not None
+        return None if found.ends_at is None else found.ends_at - time.monotonic()
+
+    def between(low: float, high: float) -> bool:
+        left = ends_in()
+        return left is not None and low < left <= high
+
+    until(lambda: between(570, 600))
+    lab.run("scontrol", "update", f"JobId={job_id}", "TimeLimit=1-00:00:00")
+    until(lambda: between(86300, 86400))
+    lab.run("scontrol", "update", f"JobId={job_id}", "TimeLimit=UNLIMITED")
+    until(lambda: ends_in() is None)
+    lab.run("scontrol", "update", f"JobId={job_id}", "EndTime=now+5minutes")
+    until(lambda: between(280, 302))
+    lab.run("scontrol", "requeue", job_id)
+    waiting = backend.ears.until_phase("r1", Phase.PENDING)
+    assert waiting.ends_at is None
 
 
 # -- ways --------------------------------------------------------------------------------------

@@ -7,13 +7,14 @@ import os
 import stat
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slurmgate.launchers import sbatch_args, slurm_format, slurm_states, slurm_submit
+from slurmgate.launchers import avoiding, sbatch_args, slurm_format, slurm_states, slurm_submit
 from slurmgate.launchers.slurm_format import Detail, JobName, NodePlace, parse_listing
 from slurmgate.launchers.slurm_states import Kind
 from slurmgate.launchers.slurm_submit import NotInstalled, Refusal, Submitted
@@ -64,9 +65,11 @@ class LoginHost:
             check=False,
         )
 
-    def submit(self, spec: ServiceSpec) -> tuple[list[str], dict[str, str]]:
+    def submit(
+        self, spec: ServiceSpec, avoid: Sequence[str] = ()
+    ) -> tuple[list[str], dict[str, str]]:
         """Arguments and environment that sbatch got."""
-        done = self.run(slurm_submit.submit_script(spec, NAME, "k3f9", 20017))
+        done = self.run(slurm_submit.submit_script(spec, NAME, "k3f9", 20017, avoid))
         assert done.returncode == 0, done.stderr
         assert slurm_submit.job_id(done.stdout) == Submitted("4711")
         seen = json.loads(self.seen.read_text())
@@ -232,6 +235,143 @@ def test_the_environment_reaches_the_job_whatever_the_script_exports(
     argv, env = host.submit(service(sbatch_args=args, env=(("A", "1,2\n3"),)))
     assert [word for word in argv if word.startswith("--export=")][-1] == f"--export={passed}"
     assert env["A"] == "1,2\n3"
+
+
+# -- nodes to avoid --------------------------------------------------------------------------
+
+
+def excluded(argv: list[str]) -> str | None:
+    """What sbatch takes: the last one it is given."""
+    return sbatch_args.last_value(argv[: argv.index("--parsable")] + own_options(argv), "exclude")
+
+
+def own_options(argv: list[str]) -> list[str]:
+    return argv[argv.index("--parsable") : -2]
+
+
+def test_without_nodes_to_avoid_nothing_is_said_of_nodes(host: LoginHost) -> None:
+    host.script("serve.sh", "#!/bin/sh\n#SBATCH --exclude=n1\n")
+    argv, _ = host.submit(service(sbatch_args=("-x", "n2")))
+    assert argv[:2] == ["-x", "n2"]
+    assert not [word for word in argv if word.startswith("--exclude")]
+
+
+@pytest.mark.parametrize(
+    ("directives", "args", "all_of_them"),
+    [
+        ("", (), "n8,n9"),
+        ("", ("--exclude=n1,n2",), "n1,n2,n8,n9"),
+        ("", ("--exclude", "n[1-2]"), "n[1-2],n8,n9"),
+        ("", ("--exclud=n1",), "n1,n8,n9"),
+        ("", ("-x", "n1"), "n1,n8,n9"),
+        ("", ("-xn1", "--exclusive"), "n1,n8,n9"),
+        ("", ("-Hxn1",), "n1,n8,n9"),
+        ("#SBATCH --exclude=n1,n2", (), "n1,n2,n8,n9"),
+        ("#SBATCH --exclude n[1-2]", (), "n[1-2],n8,n9"),
+        ("#SBATCH --exclud=n1", (), "n1,n8,n9"),
+        ("#SBATCH -x n1", (), "n1,n8,n9"),
+        ("#SBATCH -xn1", (), "n1,n8,n9"),
+        ("#SBATCH -p main -x n1 -t 5 # -x n3", (), "n1,n8,n9"),
+        ('#SBATCH --exclude="n1,n2" -p main', (), "n1,n2,n8,n9"),
+        ("#SBATCH --exclude='n1'", (), "n1,n8,n9"),
+        ("#SBATCH --exclude=n1 -x n2\n#SBATCH -p main", (), "n2,n8,n9"),
+        ("#SBATCH -x n1\n#SBATCH --exclude=n2", (), "n2,n8,n9"),
+        ("#SBATCH --exclusive\n#SBATCH --export=NONE", (), "n8,n9"),
+        ("sleep 1\n#SBATCH --exclude=n1", (), "n8,n9"),
+        ("#SBATCH --exclude=n1", ("--exclude=n2",), "n2,n8,n9"),
+        ("#SBATCH --exclude=n8", (), "n8,n8,n9"),
+    ],
+)
+def test_nodes_to_avoid_join_those_that_the_user_excludes(
+    host: LoginHost, directives: str, args: tuple[str, ...], all_of_them: str
+) -> None:
+    host.script("serve.sh", f"#!/bin/sh\n{directives}\nsleep 1\n")
+    argv, _ = host.submit(service(sbatch_args=args), ["n8", "n9"])
+    assert excluded(argv) == all_of_them
+    assert argv[: len(args)] == list(args)
+
+
+@pytest.mark.parametrize("given", ["args", "script"])
+def test_a_file_of_excluded_nodes_is_read(host: LoginHost, given: str) -> None:
+    host.script("lists/bad", "n1 # broken\nn2,n3\n\n")
+    option = "--exclude=./lists/bad"
+    if given == "script":
+        host.script("serve.sh", f"#!/bin/sh\n#SBATCH {option}\n")
+    argv, _ = host.submit(service(sbatch_args=(option,) if given == "args" else ()), ["n9"])
+    assert excluded(argv) == "n1,n2,n3,n9"
+
+
+HOSTNAMES = """#!/bin/sh
+[ "$*" = 'show hostnames n[7-8]' ] && printf 'n7\\nn8\\n'
+"""
+
+
+@pytest.mark.parametrize(
+    ("directive", "args", "all_of_them"),
+    [
+        ("", ("--nodelist=n8",), "n9"),
+        ("", ("-w", "n8,n9"), None),
+        ("", ("-wn[7-8]",), "n9"),
+        ("--nodelist=n8", (), "n9"),
+        ("--nodelis n8", (), "n9"),
+        ("-w n[7-8]", (), "n9"),
+        ("-w n8 -x n1", (), "n1,n9"),
+        ("-w n8", ("-w", "n9"), "n8"),
+        ("--nodefile=n8", (), "n8,n9"),
+    ],
+)
+def test_a_node_that_the_user_insists_on_is_not_avoided(
+    host: LoginHost, directive: str, args: tuple[str, ...], all_of_them: str | None
+) -> None:
+    host.install("scontrol", HOSTNAMES)
+    host.script("serve.sh", f"#!/bin/sh\n#SBATCH {directive}\n")
+    argv, _ = host.submit(service(sbatch_args=args), ["n8", "n9"])
+    assert excluded(argv) == all_of_them
+
+
+@pytest.mark.parametrize(
+    ("said", "all_of_them"),
+    [
+        ("allocation failure: Requested node configuration is not available", "n1"),
+        ("allocation failure: Invalid node name specified", "n1"),
+        ("allocation failure: Unable to contact slurm controller", "n1,n9"),
+    ],
+)
+def test_nothing_is_avoided_when_slurm_has_no_other_node_for_the_job(
+    host: LoginHost, said: str, all_of_them: str
+) -> None:
+    real = host.bin / "sbatch"
+    real.rename(host.bin / "real")
+    host.install(
+        "sbatch", f'#!/bin/sh\n[ "$1" = --test-only ] && {{ echo "{said}" >&2; exit 1; }}\n'
+        f'exec {host.bin}/real "$@"\n',
+    )  # fmt: skip
+    argv, _ = host.submit(service(sbatch_args=("--exclude=n1",)), ["n9"])
+    assert excluded(argv) == all_of_them
+
+
+def test_only_the_name_of_one_node_can_be_avoided(caplog: pytest.LogCaptureFixture) -> None:
+    names = ["n1", "n[1-9]", "a,b", "n2.example.org", "n1", "", "x" * 256, "/etc/list", "n1\n", "é"]
+    assert avoiding.nameable(names) == ("n1", "n2.example.org")
+    assert caplog.text.count("no name of a node") == 7
+    assert "'n[1-9]'" in caplog.text
+
+
+@settings(max_examples=25)
+@given(st.text(st.characters(blacklist_characters="\0", codec="utf-8"), max_size=40))
+def test_whatever_is_excluded_or_pinned_is_never_run_by_the_shell(value: str) -> None:
+    text = avoiding.text((f"--exclude={value}/", f"--nodelist={value}"), 1, ["n9"])
+    show = 'sg_sbatch=true sg_script=x\nprintf "%s" "$sg_exclude" >/dev/null\n'
+    done = subprocess.run(
+        ["/bin/sh", "-s"],
+        input=("scontrol() { :; }\n" + show + text + "echo done\n").encode(),
+        capture_output=True,
+        timeout=60,
+        check=True,
+        cwd="/",
+        env={"PATH": "/usr/bin:/bin"},
+    )
+    assert done.stdout == b"done\n"
 
 
 def test_variables_of_the_login_host_do_not_change_the_submission(host: LoginHost) -> None:

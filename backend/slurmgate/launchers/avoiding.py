@@ -29,7 +29,7 @@ _FUNCTIONS = r"""sg_own() {
 }
 sg_list() {
   case $1 in
-    */*) sed -e 's/#.*//' "$1" | tr -s ',[:space:]' ',' | sed -e 's/^,//' -e 's/,$//' ;;
+    */*) sed -e 's/#.*//' -- "$1" | tr -s ',[:space:]' ',' | sed -e 's/^,//' -e 's/,$//' ;;
     *) printf '%s\n' "$1" ;;
   esac
 }
