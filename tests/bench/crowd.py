@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from tests.bench.client import Crowd, service_info
 from tests.bench.figures import Figure, Outcome, span
@@ -19,44 +21,56 @@ from tests.bench.nginxes import fast_service, say_healthy, starts
 from tests.up.product import Product, running
 from tests.waiting import until
 
+NAME = "crowd"
 SIZE = 5000
 ANSWERS_S = 60.0
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """How a crowd ended; seconds after the release."""
+
+    answered: int
+    first_s: float
+    last_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One crowd: seconds after the release, bytes of the gate for each held request."""
+    """One crowd, and what it took: bytes of the gate for each held request."""
 
-    answered: int
+    released: Released
     starts: int
-    first_s: float
-    last_s: float
     bytes_each: float
+
+
+def hold_and_release(
+    product: Product, name: str, size: int, held: Callable[[], T]
+) -> tuple[Released, T]:
+    """Let that many wait, look at what ``held`` gives, and make the service healthy."""
+    with contextlib.closing(Crowd(product.port, f"/{name}/hello", size)) as crowd:
+        until(lambda: service_info(product, name)["waiting"] == size, ANSWERS_S)
+        seen = held()
+        released = time.monotonic()
+        say_healthy(product)
+        ended = crowd.collect(ANSWERS_S)
+    times = [one.at - released for one in ended]
+    answered = sum(one.status == 200 for one in ended)
+    return Released(answered, min(times), max(times)), seen
 
 
 def _hold_and_release(product: Product, size: int) -> Round:
     workers = product.nginx_workers()
     before = memory_bytes(workers)
-    with contextlib.closing(Crowd(product.port, "/crowd/hello", size)) as crowd:
-        until(lambda: service_info(product, "crowd")["waiting"] == size, ANSWERS_S)
-        held = memory_bytes(workers)
-        released = time.monotonic()
-        say_healthy(product)
-        ended = crowd.collect(ANSWERS_S)
-    times = [one.at - released for one in ended]
-    return Round(
-        answered=sum(one.status == 200 for one in ended),
-        starts=starts(product),
-        first_s=min(times),
-        last_s=max(times),
-        bytes_each=(held - before) / size,
-    )
+    released, held = hold_and_release(product, NAME, size, lambda: memory_bytes(workers))
+    return Round(released, starts(product), (held - before) / size)
 
 
 def _one_round(size: int) -> Round:
     with tempfile.TemporaryDirectory(prefix="sg") as folder:
         product = Product(Path(folder))
-        fast_service(product, "crowd", timeout=3600, max_waiting=2 * size)
+        fast_service(product, NAME, timeout=3600, max_waiting=2 * size)
         with running(product):
             product.up()
             return _hold_and_release(product, size)
@@ -66,9 +80,9 @@ def crowd(quick: bool) -> Outcome:
     """All must be answered, by one process, soon, and cost little while they wait."""
     rounds = [_one_round(SIZE) for _ in range(1 if quick else 3)]
     count = len(rounds)
-    last = [r.last_s for r in rounds]
+    last = [r.released.last_s for r in rounds]
     memory = [r.bytes_each / 1000 for r in rounds]
-    answered = [r.answered for r in rounds]
+    answered = [r.released.answered for r in rounds]
     begun = [r.starts for r in rounds]
     figures = [
         Figure(
@@ -96,7 +110,7 @@ def crowd(quick: bool) -> Outcome:
     raw: dict[str, object] = {
         "answered": answered,
         "starts": begun,
-        "first_s": [r.first_s for r in rounds],
+        "first_s": [r.released.first_s for r in rounds],
         "last_s": last,
         "kilobytes_each": memory,
     }

@@ -1,8 +1,8 @@
 """A job near its time limit gives way to the next one, under a constant load.
 
-Jobs of one minute, each replaced well before its end. A change lasts from two seconds before the
-new replica has its first request until two seconds after the old one has gone; before it is all
-the time since the last change.
+Jobs of one minute, the shortest that Slurm knows, each replaced after half of its time. A change
+lasts from two seconds before the new replica has its first request until two seconds after the old
+one has gone; before it is all the time since the last change.
 """
 
 from __future__ import annotations
@@ -108,8 +108,7 @@ def _compare(answers: list[Asked], changes: list[Change]) -> list[Compared]:
 
 def handover(quick: bool) -> Outcome:
     """What the clients of a job notice when its time is over: nothing, it should be."""
-    # The earlier the next one comes, the shorter a round.
-    wanted, renew_before = (1, 50) if quick else (3, 45)
+    wanted = 1 if quick else 2
     with watched_lab() as lab, gate_before(lab) as product:
         script = lab.script(
             "slow.sh",
@@ -119,7 +118,7 @@ def handover(quick: bool) -> Outcome:
             product,
             NAME,
             sbatch_args=["--time=1"],
-            renew_before=renew_before,
+            renew_before=LIMIT_S / 2,
         )
         cluster_service(product, NAME, script, **fields)
         product.up()

@@ -93,7 +93,7 @@ def killed(quick: bool) -> Outcome:
             product.up()
             until_ready(product, NAME, REPLICAS)
             with Steady(product.port, f"/{NAME}/", RATE) as load:
-                kills = [_kill(product) for _ in range(2 if quick else 5)]
+                kills = [_kill(product) for _ in range(1 if quick else 5)]
             answers = load.finish()
     return _outcome(kills, answers)
 

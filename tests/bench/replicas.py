@@ -1,7 +1,7 @@
 """Several replicas of a service: what they answer together, and how evenly the load lies.
 
 A service that takes 50 ms for an answer and eight requests at a time, once with one replica and
-once with four, loaded in turns by the same client. What is in flight is counted by the services.
+once with four, loaded in turns by the same client. Everything is counted by the services.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from tests.bench.slow import (
     mean_in_flight,
     most_in_flight,
     notes,
+    rate,
     slow_service,
     until_ready,
 )
@@ -28,7 +29,6 @@ REPLICAS = 4
 SLOTS = 8
 SATURATING = 2 * REPLICAS * SLOTS
 HALF = REPLICAS * SLOTS // 2
-ROUND_S = 2
 # At both ends of a round the load comes and goes.
 EDGE_S = 0.2
 NOTHING = 0.01  # a replica that had nothing to do: what the others are divided by
@@ -47,22 +47,22 @@ class Round:
         return max(self.in_flight) / max(NOTHING, min(self.in_flight))
 
 
-def _load(product: Product, name: str, connections: int) -> Round:
+def _load(product: Product, name: str, connections: int, seconds: int) -> Round:
     began = time.monotonic()
-    run = wrk.run(f"{product.url}/{name}/", connections, ROUND_S, os.sched_getaffinity(0))
-    ended = began + run.seconds
+    run = wrk.run(f"{product.url}/{name}/", connections, seconds, os.sched_getaffinity(0))
     time.sleep(2 * TAKE_S)  # wrk leaves requests behind
     done = notes(product, name).values()
-    within = [[work for work in one if work.ended > began] for one in done]
+    begin, end = began + EDGE_S, began + run.seconds - EDGE_S
     return Round(
-        rate=run.rate,
-        in_flight=[mean_in_flight(one, began + EDGE_S, ended - EDGE_S) for one in within],
-        most=max(most_in_flight(one) for one in within),
+        rate=sum(rate(one, begin, end) for one in done),
+        in_flight=[mean_in_flight(one, begin, end) for one in done],
+        most=max(most_in_flight(one) for one in done),
     )
 
 
 def replicas(quick: bool) -> Outcome:
     """Throughput of four against one, and the spread between them, saturated and half loaded."""
+    seconds, count_of_rounds = (1, 1) if quick else (2, 4)
     turns = [("one", SATURATING), ("four", SATURATING), ("four", HALF)]
     rounds: dict[tuple[str, int], list[Round]] = {turn: [] for turn in turns}
     with tempfile.TemporaryDirectory(prefix="sg") as folder:
@@ -74,9 +74,9 @@ def replicas(quick: bool) -> Outcome:
             product.up()
             for name, count in (("one", 1), ("four", REPLICAS)):
                 until_ready(product, name, count)
-            for _ in range(1 if quick else 4):
+            for _ in range(count_of_rounds):
                 for name, connections in turns:
-                    rounds[name, connections].append(_load(product, name, connections))
+                    rounds[name, connections].append(_load(product, name, connections, seconds))
                 turns.reverse()
     return _outcome(*rounds.values())
 

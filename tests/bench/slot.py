@@ -14,8 +14,7 @@ from tests.bench.slow import TAKE_S, most_in_flight, notes, share_in_use, slow_s
 from tests.up.product import Product, running
 
 NAME = "slot"
-SIZE = 200
-IDEAL_S = SIZE * TAKE_S
+SIZE, QUICK_SIZE = 200, 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +25,14 @@ class Round:
     in_use: float
     most: int
     longest_s: float
+    ideal_s: float
 
 
-def _one_round(product: Product) -> Round:
+def _one_round(product: Product, size: int) -> Round:
+    ideal_s = size * TAKE_S
     began = time.monotonic()
-    with contextlib.closing(Crowd(product.port, f"/{NAME}/", SIZE)) as crowd:
-        ended = crowd.collect(4 * IDEAL_S)
+    with contextlib.closing(Crowd(product.port, f"/{NAME}/", size)) as crowd:
+        ended = crowd.collect(4 * ideal_s)
     (done,) = notes(product, NAME).values()
     done = [work for work in done if work.begun > began]
     return Round(
@@ -39,29 +40,31 @@ def _one_round(product: Product) -> Round:
         in_use=share_in_use(done),
         most=most_in_flight(done),
         longest_s=max(one.at for one in ended) - began,
+        ideal_s=ideal_s,
     )
 
 
 def slot(quick: bool) -> Outcome:
     """How much of the time the slot is in use, and how long the last one waits."""
+    size, count = (QUICK_SIZE, 1) if quick else (SIZE, 3)
     with tempfile.TemporaryDirectory(prefix="sg") as folder:
         product = Product(Path(folder), gate={"workers": 2})
         slow_service(product, NAME, replicas={"min": 1, "max": 1, "max_in_flight": 1})
         with running(product):
             product.up()
             until_ready(product, NAME, 1)
-            rounds = [_one_round(product) for _ in range(1 if quick else 3)]
-    return _outcome(rounds)
+            rounds = [_one_round(product, size) for _ in range(count)]
+    return _outcome(size, rounds)
 
 
-def _outcome(rounds: list[Round]) -> Outcome:
+def _outcome(size: int, rounds: list[Round]) -> Outcome:
     count = len(rounds)
     in_use = [100 * r.in_use for r in rounds]
-    longest = [r.longest_s / IDEAL_S for r in rounds]
+    longest = [r.longest_s / r.ideal_s for r in rounds]
     answered, most = [r.answered for r in rounds], [r.most for r in rounds]
     figures = [
         Figure(
-            f"{SIZE} wait for one slot, in use",
+            f"{size} wait for one slot, in use",
             middle(in_use),
             95,
             "%",
@@ -78,7 +81,7 @@ def _outcome(rounds: list[Round]) -> Outcome:
             spread=span(longest, 3),
             rounds=count,
         ),
-        Figure("answered 200 (fewest)", min(answered), SIZE, "", True, 0, span(answered, 0), count),
+        Figure("answered 200 (fewest)", min(answered), size, "", True, 0, span(answered, 0), count),
         Figure("in the slot at once (most)", max(most), 1, "", False, 0, span(most, 0), count),
     ]
     return Outcome(figures, [], {"rounds": [asdict(r) for r in rounds]})

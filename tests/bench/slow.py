@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench.client import ask, service_info
+from tests.bench.cold import STARTS_AN_HOUR
 from tests.up.product import Product
 from tests.waiting import until
 
 SERVICE = Path(__file__).with_name("slow_service.py")
 TAKE_S = 0.05
-# Benchmarks start a service more often than anybody who works with it.
-STARTS = 10000
 READY_S = 60.0
 
 
@@ -37,7 +36,7 @@ def slow_fields(product: Product, name: str, **fields: Any) -> dict[str, Any]:
     """The fields of a service that runs it; ``notes`` reads what it notes then."""
     _notes(product, name).mkdir()
     env = {"BENCH_TAKE_S": str(TAKE_S), "BENCH_NOTES": str(_notes(product, name))}
-    return {"env": env, "timeout": 3600, "max_starts_per_hour": STARTS, **fields}
+    return {"env": env, "timeout": 3600, "max_starts_per_hour": STARTS_AN_HOUR, **fields}
 
 
 def slow_service(product: Product, name: str, **fields: Any) -> None:
@@ -84,6 +83,17 @@ def mean_in_flight(done: Iterable[Work], begin: float, end: float) -> float:
     """Requests in flight at one replica, in the mean over a time."""
     shares = (min(work.ended, end) - max(work.begun, begin) for work in done)
     return sum(share for share in shares if share > 0) / (end - begin)
+
+
+def rate(done: Iterable[Work], begin: float, end: float) -> float:
+    """Requests a second within a time; of one that lies only partly in it, its part counts.
+
+    Answers come in volleys, so that counting whole ones would depend on the moment of the last.
+    """
+    parts = (
+        (min(work.ended, end) - max(work.begun, begin)) / (work.ended - work.begun) for work in done
+    )
+    return sum(part for part in parts if part > 0) / (end - begin)
 
 
 def most_in_flight(done: Iterable[Work]) -> int:

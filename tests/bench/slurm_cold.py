@@ -16,6 +16,7 @@ import time
 from dataclasses import asdict, dataclass
 
 from tests.bench.client import ask, stop
+from tests.bench.cold import STARTS_AN_HOUR
 from tests.bench.figures import Figure, Outcome, middle, paired, quartiles
 from tests.bench.slurm_lab import (
     Shell,
@@ -97,7 +98,7 @@ def slurm_cold(quick: bool) -> Outcome:
     gate: list[Start] = []
     with watched_lab() as lab, gate_before(lab) as product:
         script = light_script(lab)
-        cluster_service(product, NAME, script)
+        cluster_service(product, NAME, script, max_starts_per_hour=STARTS_AN_HOUR)
         product.up()
         with contextlib.closing(Shell(lab)) as shell:
             _through_the_gate(product, lab)  # the SSH connection is up for the others

@@ -5,13 +5,12 @@ The release is the moment the service becomes healthy, as in ``crowd``.
 
 from __future__ import annotations
 
-import contextlib
-import time
 from dataclasses import asdict, dataclass
 
-from tests.bench.client import Crowd, service_info, stop
+from tests.bench.client import stop
+from tests.bench.crowd import Released, hold_and_release
 from tests.bench.figures import Figure, Outcome, span
-from tests.bench.nginxes import fast_script, say_healthy
+from tests.bench.nginxes import fast_script
 from tests.bench.slurm_lab import (
     WatchedLab,
     cluster_service,
@@ -24,36 +23,21 @@ from tests.waiting import until
 
 NAME = "crowd"
 SIZE = 3000
-ANSWERS_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One crowd; seconds after the release."""
+    """One crowd, and what it took."""
 
-    answered: int
+    released: Released
     jobs: int
     tunnels: int
-    first_s: float
-    last_s: float
 
 
-def _hold_and_release(product: ClusterProduct, lab: WatchedLab) -> Round:
+def _one_round(product: ClusterProduct, lab: WatchedLab) -> Round:
     before = _submissions(lab)
-    with contextlib.closing(Crowd(product.port, f"/{NAME}/hello", SIZE)) as crowd:
-        until(lambda: service_info(product, NAME)["waiting"] == SIZE, ANSWERS_S)
-        until(product.tunnels)
-        released = time.monotonic()
-        say_healthy(product)
-        ended = crowd.collect(ANSWERS_S)
-    times = [one.at - released for one in ended]
-    seen = Round(
-        answered=sum(one.status == 200 for one in ended),
-        jobs=_submissions(lab) - before,
-        tunnels=len(product.tunnels()),
-        first_s=min(times),
-        last_s=max(times),
-    )
+    released, _open = hold_and_release(product, NAME, SIZE, lambda: until(product.tunnels))
+    seen = Round(released, _submissions(lab) - before, len(product.tunnels()))
     assert len(product.live(NAME)) == 1
     stop(product, NAME)
     (product.folder / "healthy").unlink()
@@ -71,12 +55,12 @@ def slurm_crowd(quick: bool) -> Outcome:
         script = lab.script("fast.sh", fast_script(product.folder, f"$({lab.address_script})"))
         cluster_service(product, NAME, script, max_waiting=2 * SIZE)
         product.up()
-        rounds = [_hold_and_release(product, lab) for _ in range(1 if quick else 3)]
+        rounds = [_one_round(product, lab) for _ in range(1 if quick else 3)]
     count = len(rounds)
     answered, jobs, last = (
-        [r.answered for r in rounds],
+        [r.released.answered for r in rounds],
         [max(r.jobs, r.tunnels) for r in rounds],
-        [r.last_s for r in rounds],
+        [r.released.last_s for r in rounds],
     )
     figures = [
         Figure(
