@@ -5,12 +5,14 @@
 Environment: ``PROBE_NOTES`` a file that gets a JSON line for each start, each request other than
 health checks, and SIGTERM; ``PROBE_LOAD_S`` seconds until healthy; ``PROBE_LINGER_S`` how long it
 goes on serving after SIGTERM, so that a request which comes too late is seen; ``PROBE_HOST`` the
-address to listen on (127.0.0.1).
+address to listen on (127.0.0.1); ``PROBE_SLOTS`` how many requests to /slow it works on at once (0:
+any number): the rest, and health checks too, wait for their turn, and each check is noted.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import os
@@ -24,9 +26,13 @@ HOST = os.environ.get("PROBE_HOST", "127.0.0.1")
 NOTES = os.environ.get("PROBE_NOTES")
 LOAD_S = float(os.environ.get("PROBE_LOAD_S", "0"))
 LINGER_S = float(os.environ.get("PROBE_LINGER_S", "0"))
+SLOTS = int(os.environ.get("PROBE_SLOTS", "0"))
 STARTED = time.monotonic()
 terminated = False
 sick = False
+slots: asyncio.Semaphore | contextlib.nullcontext[None] = (
+    asyncio.Semaphore(SLOTS) if SLOTS else contextlib.nullcontext()
+)
 
 
 def note(what: str, **more: object) -> None:
@@ -39,6 +45,10 @@ def note(what: str, **more: object) -> None:
 async def health(_request: web.Request) -> web.Response:
     if sick:
         await asyncio.sleep(60)
+    if SLOTS:
+        came = time.monotonic()
+        async with slots:
+            note("check", waited=time.monotonic() - came)
     return web.Response(status=200 if time.monotonic() - STARTED >= LOAD_S else 503)
 
 
@@ -54,7 +64,8 @@ async def pid(_request: web.Request) -> web.Response:
 
 
 async def slow(request: web.Request) -> web.Response:
-    await asyncio.sleep(float(request.query.get("s", "0.05")))
+    async with slots:
+        await asyncio.sleep(float(request.query.get("s", "0.05")))
     return web.json_response({"pid": os.getpid()})
 
 
