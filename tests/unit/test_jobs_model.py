@@ -23,6 +23,7 @@ from slurmgate.launchers.job import (
     Connect,
     Disconnect,
     Effect,
+    FindNode,
     Finish,
     Inquire,
     Job,
@@ -63,6 +64,7 @@ class SlurmJob:
     node: str | None = None
     began: float | None = None
     known: bool = True
+    unlaunched: bool = False
 
     @property
     def live(self) -> bool:
@@ -70,7 +72,16 @@ class SlurmJob:
 
     def row(self) -> Row:
         end = End(f"job {self.id} ended") if self.standing is Standing.ENDED else None
-        return Row(self.id, self.standing, end=end, node=self.node, began=self.began)
+        reason = "launch failed requeued held" if self.unlaunched else None
+        return Row(
+            self.id,
+            self.standing,
+            end=end,
+            node=self.node,
+            reason=reason,
+            not_launched=self.unlaunched,
+            began=self.began,
+        )
 
 
 @dataclass
@@ -286,6 +297,9 @@ class Cluster(RuleBasedStateMachine):
                 self.cancel(replica, effect.job_id)
         elif isinstance(effect, Submit):
             self.resubmit(replica, works)
+        elif isinstance(effect, FindNode):
+            node = "n1" if works else None
+            self.fold(replica, lambda job: jobs.node_found(job, effect.job_id, node, self.now))
         elif isinstance(effect, Connect) and works:
             endpoint = f"unix:{replica}.{effect.gen}"
             self.fold(replica, lambda job: jobs.connected(job, effect.gen, endpoint))
@@ -388,6 +402,7 @@ class Cluster(RuleBasedStateMachine):
         job = self.some(data, Standing.QUEUED)
         if job is not None:
             job.standing, job.node, job.began = Standing.RUNNING, node, self.now
+            job.unlaunched = False  # a person released it
 
     @precondition(lambda self: not self.frozen)
     @rule(data=st.data(), standing=st.sampled_from([Standing.ENDED, Standing.COMPLETING]))
@@ -395,6 +410,7 @@ class Cluster(RuleBasedStateMachine):
         job = self.some(data, Standing.RUNNING, Standing.QUEUED, Standing.COMPLETING)
         if job is not None:
             job.standing = standing
+            job.unlaunched = False
 
     @precondition(lambda self: not self.frozen)
     @rule(data=st.data())
@@ -411,6 +427,14 @@ class Cluster(RuleBasedStateMachine):
         job = self.some(data, Standing.RUNNING, Standing.SUSPENDED, Standing.COMPLETING)
         if job is not None:
             job.standing, job.node, job.began = Standing.QUEUED, None, None
+
+    @precondition(lambda self: not self.frozen)
+    @rule(data=st.data())
+    def job_cannot_be_launched(self, data: st.DataObject) -> None:
+        job = self.some(data, Standing.RUNNING, Standing.QUEUED, Standing.COMPLETING)
+        if job is not None:
+            job.standing, job.node, job.began = Standing.QUEUED, None, None
+            job.unlaunched = True
 
     @precondition(lambda self: not self.frozen)
     @rule(data=st.data())
@@ -458,6 +482,7 @@ class Cluster(RuleBasedStateMachine):
             assert job.completing_since is not None or live == [job.job_id], (job, live)
             if job.completing_since is None and job.stage is Stage.RUNNING:
                 assert job.endpoint is not None
+            assert not self.slurm[job.job_id or ""].unlaunched, "a held job is waited for"
         for replica in self.launched - self.wanted:
             assert not self.live_jobs(replica), "a job that was stopped lives on"
         for job in list(self.backend.roster):

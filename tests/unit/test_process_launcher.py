@@ -264,6 +264,24 @@ def test_a_fixed_port_counts_upward_over_our_own_replicas(machine):
     assert second.port == first.port + 1
 
 
+def test_with_several_replicas_a_port_that_somebody_else_has_is_passed_over(machine):
+    first = free_ports(3)
+    spec = replace(machine.script(SLEEPER), remote_port=first, replicas=ReplicaBounds(max=2))
+    with socket.create_server(("127.0.0.1", first + 1)):
+        launcher = machine.fresh()
+        ports = [launcher.launch(spec, replica, avoid=("n1",)).port for replica in ("a1", "a2")]
+    assert ports == [first, first + 2]
+
+
+def test_there_is_no_port_above_the_highest(machine):
+    with socket.socket() as other:
+        with suppress(OSError):  # somebody has it
+            other.bind(("127.0.0.1", 65535))
+        spec = replace(machine.script(SLEEPER), remote_port=65535, replicas=ReplicaBounds(max=2))
+        with pytest.raises(StartRefused, match="no port from 65535 upward is free"):
+            machine.fresh().launch(spec, "a1")
+
+
 def test_a_fixed_port_is_waited_for_while_the_replica_before_ends(machine):
     body = "trap 'read -r < go; exit 0' TERM; echo ready; while :; do sleep 0.01; done"
     os.mkfifo(machine.folder / "go")

@@ -53,6 +53,10 @@ class FakeSlurm:
         self.extra = ""
         self.cancelled: list[str] = []
         self.lines: tuple[str, ...] = ()
+        self.reasons: dict[str, str] = {}
+        self.limits: dict[str, tuple[str, str]] = {}  # id: end, time left
+        self.unfit = ""
+        self.submissions: list[str] = []
         self._lock = threading.Lock()
 
     def run(self, ssh, script, *, setup=(), timeout, login_shell=False) -> Output:
@@ -62,6 +66,7 @@ class FakeSlurm:
                 "list": "squeue --noheader",
                 "submit": "--job-name=",
                 "cancel": "scancel --name",
+                "unfit": "sinfo --noheader",
                 "detail": "scontrol show job",
                 "node": "scontrol show node",
                 "rename": "scontrol update",
@@ -88,13 +93,15 @@ class FakeSlurm:
         found = re.search(r"--job-name=(\S+)", script)
         assert found
         job_id = str(100 + len(self.jobs))
+        self.submissions.append(script)
         self.jobs[job_id] = (found[1], "PENDING")
         return f"{job_id}\n", 0, ""
 
     def _list(self, script: str) -> tuple[str, int, str]:
         lines = [
-            f"{job_id}|{state}|Resources|{'n1' if state == 'RUNNING' else ''}|n1|1700000000|N/A"
-            f"|UNLIMITED|{name}\n"
+            f"{job_id}|{state}|{self.reasons.get(job_id, 'Resources')}"
+            f"|{'n1' if state == 'RUNNING' else ''}|n1|1700000000"
+            f"|{'|'.join(self.limits.get(job_id, ('NONE', 'UNLIMITED')))}|{name}\n"
             for job_id, (name, state) in self.jobs.items()
         ]
         return "".join(lines) + self.extra, 0, ""
@@ -115,6 +122,13 @@ class FakeSlurm:
         text = f"JobId={found[1]} JobName={name} JobState={state} ExitCode=3:0"
         text += " BatchHost=n1 StdOut=/x\n"
         return text + "--slurmgate-- 0\n" + "".join(f"{x}\n" for x in self.lines), 0, ""
+
+    def _unfit(self, script: str) -> tuple[str, int, str]:
+        found = re.search(r"scontrol show job -o (\d+)", script)
+        assert found
+        name, _ = self.jobs[found[1]]
+        text = f"JobId={found[1]} JobName={name} JobState=PENDING LastSchedEval=1700000010\n"
+        return text + "--slurmgate-- 0\n" + self.unfit, 0, ""
 
     def _node(self, script: str) -> tuple[str, int, str]:
         text = "NodeName=n1 NodeAddr=127.0.0.9 NodeHostName=n1\n--slurmgate-- 0\n1000\nlogin\n"
@@ -413,6 +427,124 @@ def test_ports_of_one_service_count_upward_where_it_may_have_several_replicas(bo
     launcher = boot(fixed)
     ports = [launcher.launch(fixed, replica).port for replica in ("r1", "r2", "r3")]
     assert ports == [8000, 8001, 8002]
+
+
+def test_one_that_replaces_another_counts_upward_too_and_the_port_is_free_again(boot, slurm, ears):
+    fixed = replace(SPEC, remote_port=8000)
+    launcher = boot(fixed)
+    assert [launcher.launch(fixed, replica).port for replica in ("r1", "r2")] == [8000, 8001]
+    launcher.stop("r1")
+    until(lambda: ears.ends)
+    assert launcher.launch(fixed, "r3").port == 8000
+
+
+def test_a_single_replica_gets_its_port_while_the_one_before_is_still_being_cancelled(boot, slurm):
+    fixed = replace(SPEC, remote_port=8000)
+    launcher = boot(fixed)
+    launcher.launch(fixed, "r1")
+    slurm.faults["cancel"] = threading.Event()
+    launcher.stop("r1")
+    assert launcher.launch(fixed, "r2").port == 8000
+    several = replace(fixed, replicas=ReplicaBounds(max=2))
+    assert launcher.launch(several, "r3").port == 8001
+
+
+def test_a_counted_port_that_somebody_else_has_on_a_node_is_passed_over_next_time(
+    boot, slurm, ears
+):
+    several = replace(SPEC, remote_port=8000, replicas=ReplicaBounds(max=2))
+    launcher = boot(several)
+    assert launcher.launch(several, "r1").port == 8000
+    slurm.lines = ("OSError: [Errno 98] Address already in use",)
+    slurm.set("100", "FAILED")
+    until(lambda: ears.ends)
+    assert ears.ends[0][1].fault is Fault.PORT
+    assert [launcher.launch(several, replica).port for replica in ("r2", "r3")] == [8001, 8002]
+
+
+@pytest.mark.parametrize("many", [1, 3])
+def test_jobs_without_records_are_adopted_up_to_one_more_than_may_be(
+    boot, slurm, state, ears, many
+):
+    spec = replace(SPEC, replicas=ReplicaBounds(max=many))
+    for n in range(many + 3):
+        slurm.add(our_name(state, f"lost{n}", port=20001 + n))
+    boot(spec)
+    until(lambda: len(slurm.cancelled) == 2)
+    until(lambda: len(ears.sightings) == many + 1)
+    kept = {sighting.job_id for sighting in ears.sightings.values()}
+    assert kept.isdisjoint(slurm.cancelled)
+
+
+def test_a_submission_that_is_sent_again_avoids_the_same_nodes(boot, slurm, ears):
+    launcher = boot(SPEC)
+    slurm.faults["submit"] = Output(1, "", "sbatch: error: the moon is full", 0)
+    launcher.launch(SPEC, "r1", avoid=("n8", "n[1-9]", "n9"))
+    slurm.faults.clear()
+    ears.until_phase("r1", Phase.PENDING)
+    (script,) = slurm.submissions
+    assert "for sg_node in n8 n9; do" in script
+
+
+HELD = "launch failed requeued held"
+
+
+@pytest.mark.parametrize(
+    ("told", "node"),
+    [
+        ("n3|1700000009|Prolog error\nn4|1700000012|Prolog error\n", "n4"),
+        ("n5|1700000013|Prolog error\nn4|1700000012|batch job complete failure\n", "n4"),
+        ("n3|Unknown|Prolog error\n", None),
+        ("", None),
+        (HostAway("login is away"), None),
+    ],
+)
+def test_which_node_could_not_run_a_job_is_told_with_its_end(boot, slurm, ears, told, node):
+    if isinstance(told, str):
+        slurm.unfit = told
+    else:
+        slurm.faults["unfit"] = told
+    launcher = boot(SPEC)
+    launcher.launch(SPEC, "r1")
+    slurm.reasons["100"] = HELD
+    until(lambda: ears.ends, 20)
+    ((_, end),) = ears.ends
+    assert (end.fault, end.bad_node) == (Fault.NOBODY, node)
+    assert HELD in end.reason
+    assert slurm.cancelled == ["100"]
+    assert slurm.asked["unfit"] == 1
+
+
+@pytest.mark.parametrize("state_word", ["NODE_FAIL", "BOOT_FAIL"])
+def test_a_node_that_failed_is_named(boot, slurm, ears, state_word):
+    launcher = boot(SPEC)
+    launcher.launch(SPEC, "r1")
+    slurm.set("100", state_word)
+    until(lambda: ears.ends, 20)
+    assert (ears.ends[0][1].fault, ears.ends[0][1].bad_node) == (Fault.NOBODY, "n1")
+
+
+@pytest.mark.parametrize(
+    ("end", "left", "seconds"),
+    [
+        ("1700000000", "10:00", 600),
+        ("later", "INVALID", 300),
+        ("NONE", "UNLIMITED", None),
+        ("N/A", "NOT_SET", None),
+    ],
+)
+def test_when_a_job_ends_is_read_from_what_is_left_or_else_from_its_end(
+    boot, slurm, ears, end, left, seconds
+):
+    launcher = boot(SPEC)
+    launcher.launch(SPEC, "r1")
+    slurm.limits["100"] = (str(int(time.time()) + 300) if end == "later" else end, left)
+    slurm.set("100", "RUNNING")
+    reached = ears.until_phase("r1", Phase.STARTING)
+    if seconds is None:
+        assert reached.ends_at is None
+    else:
+        assert reached.ends_at == pytest.approx(time.monotonic() + seconds, abs=10)
 
 
 def test_a_port_that_was_taken_is_not_tried_again_soon(boot, slurm, ears):

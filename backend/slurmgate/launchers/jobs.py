@@ -98,6 +98,8 @@ def _confirmed(job: Job, job_id: str, now: float) -> Step:
         job_id=job_id,
         known_since=now,
         absent_since=None,
+        was_at=None,
+        unlaunched=None,
         reason=None,
     )
     return _cancelled(job, now) if job.stopping else (job, ())
