@@ -40,7 +40,7 @@ _OWN_NODELIST = """$(sg_own '--nodel(i|is|ist)?' -w)"""
 _MERGE = r"""sg_exclude=$(sg_list "$sg_exclude")
 sg_pinned=$(sg_list "$sg_pinned")
 if [ -n "$sg_pinned" ]; then
-  sg_pinned=$sg_pinned,$(scontrol show hostnames "$sg_pinned" 2>/dev/null | tr '\n' ',')
+  sg_pinned=$sg_pinned,$(scontrol show hostnames "$sg_pinned" 2>/dev/null </dev/null | tr '\n' ',')
 fi
 for sg_node in {nodes}; do
   case ",$sg_pinned," in
@@ -50,7 +50,7 @@ for sg_node in {nodes}; do
 done
 """
 _ASK = r"""sg_said=$("$sg_sbatch" --test-only {args} "--exclude=$sg_exclude" \
-  "$sg_script" {port} 2>&1)
+  "$sg_script" {port} 2>&1 </dev/null)
 case $sg_said in
   *"Invalid node name"*|*"node configuration is not available"*|*"nodes not in this partition"*)
     sg_exclude= ;;
