@@ -173,6 +173,9 @@ def status_table(info: dict[str, Any]) -> str:
             lines.append(f"{service['name']}: {service['reason']}")
         notices = [r["notice"] for r in service["replicas"] if r["notice"]]
         lines += [f"{service['name']}: {notice}" for notice in notices]
+        if service["excluded_nodes"]:
+            nodes = ", ".join(service["excluded_nodes"])
+            lines.append(f"{service['name']}: keeps away from {nodes}: it failed there repeatedly")
     for job in info["strangers"]:
         lines.append(
             f"job {job['job_id']} on {job['host']} ({job['service']}, {job['state']}) belongs to"

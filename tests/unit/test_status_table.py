@@ -28,6 +28,7 @@ def info(*replicas: dict[str, Any], reason: str | None = None) -> dict[str, Any]
         "in_flight": 2,
         "requests": 40,
         "stops_in_s": 59.6,
+        "excluded_nodes": [],
         "replicas": [{**REPLICA, **replica} for replica in replicas],
     }
     return {
@@ -71,3 +72,9 @@ def test_a_job_of_another_state_directory_is_shown_with_the_way_to_take_it_over(
         {"job_id": "7", "host": "login", "service": "llm", "state": "RUNNING", "owner": "0a1b"}
     ]
     assert "slurmgate adopt 0a1b" in status_table(found).splitlines()[-1]
+
+
+def test_nodes_the_service_keeps_away_from_are_named():
+    told = info()
+    told["services"][0]["excluded_nodes"] = ["gpu07", "gpu09"]
+    assert "LLM: keeps away from gpu07, gpu09: it failed there repeatedly" in status_table(told)

@@ -14,7 +14,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from slurmgate import __version__, snapshot
+from slurmgate import __version__, scaling, snapshot
 from slurmgate.control import Control
 from slurmgate.model import Phase
 from slurmgate.observed import COLD_START_BOUNDS, Service
@@ -79,7 +79,11 @@ def _states(services: list[Service], now: float) -> Iterator[Metric]:
     replicas = GaugeMetricFamily(
         "slurmgate_replicas", "Replicas by phase.", labels=["service", "phase"]
     )
+    wanted = GaugeMetricFamily(
+        "slurmgate_replicas_wanted", "How many its load wants at present.", labels=["service"]
+    )
     for service in services:
+        wanted.add_metric([service.spec.name], scaling.wanted(service, now))
         current = snapshot.state(service, now)
         for state in STATES:
             states.add_metric([service.spec.name, state], state == current)
@@ -87,7 +91,7 @@ def _states(services: list[Service], now: float) -> Iterator[Metric]:
             count = sum(r.phase is phase for r in service.replicas)
             if count:
                 replicas.add_metric([service.spec.name, phase.value], count)
-    yield from (states, replicas)
+    yield from (states, replicas, wanted)
 
 
 def _starts(services: list[Service]) -> Iterator[Metric]:
