@@ -56,6 +56,7 @@ class FakeSlurm:
         self.reasons: dict[str, str] = {}
         self.limits: dict[str, tuple[str, str]] = {}  # id: end, time left
         self.unfit = ""
+        self.nodes = "n1"
         self.submissions: list[str] = []
         self._lock = threading.Lock()
 
@@ -100,7 +101,7 @@ class FakeSlurm:
     def _list(self, script: str) -> tuple[str, int, str]:
         lines = [
             f"{job_id}|{state}|{self.reasons.get(job_id, 'Resources')}"
-            f"|{'n1' if state == 'RUNNING' else ''}|n1|1700000000"
+            f"|{'n1' if state == 'RUNNING' else ''}|{self.nodes}|1700000000"
             f"|{'|'.join(self.limits.get(job_id, ('NONE', 'UNLIMITED')))}|{name}\n"
             for job_id, (name, state) in self.jobs.items()
         ]
@@ -120,7 +121,7 @@ class FakeSlurm:
             return "slurm_load_jobs error: Invalid job id specified\n--slurmgate-- 1\n", 0, ""
         name, state = self.jobs[found[1]]
         text = f"JobId={found[1]} JobName={name} JobState={state} ExitCode=3:0"
-        text += " BatchHost=n1 StdOut=/x\n"
+        text += f" NodeList={self.nodes} BatchHost=n1 StdOut=/x\n"
         return text + "--slurmgate-- 0\n" + "".join(f"{x}\n" for x in self.lines), 0, ""
 
     def _unfit(self, script: str) -> tuple[str, int, str]:
@@ -522,6 +523,15 @@ def test_a_node_that_failed_is_named(boot, slurm, ears, state_word):
     slurm.set("100", state_word)
     until(lambda: ears.ends, 20)
     assert (ears.ends[0][1].fault, ears.ends[0][1].bad_node) == (Fault.NOBODY, "n1")
+
+
+def test_of_several_nodes_none_is_blamed(boot, slurm, ears):
+    slurm.nodes = "n[1-2]"
+    launcher = boot(SPEC)
+    launcher.launch(SPEC, "r1")
+    slurm.set("100", "NODE_FAIL")
+    until(lambda: ears.ends, 20)
+    assert (ears.ends[0][1].fault, ears.ends[0][1].bad_node) == (Fault.NOBODY, None)
 
 
 @pytest.mark.parametrize(

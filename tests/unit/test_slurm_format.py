@@ -700,6 +700,41 @@ def test_a_job_that_slurm_forgot_is_gone_and_silence_says_nothing(host: LoginHos
     assert slurm_format.parse_detail("") is None
 
 
+# As Slurm 22.05 prints them with SLURM_TIME_FORMAT=%s.
+UNLAUNCHED = (
+    f"JobId=4711 JobName={NAME} UserId=me(1000) Priority=0 JobState=PENDING"
+    " Reason=launch_failed_requeued_held SubmitTime=1795334430 StartTime=1795334439"
+    " LastSchedEval=1795334430 Scheduler=Main Partition=main NodeList= NumNodes=1"
+)
+REASONS = """n1|1795330000|Prolog error
+n2|1795334431|Not responding
+n3|1795334431|Prolog error
+n4|1795334432|batch job complete failure
+n5|Unknown|none
+"""
+
+
+@pytest.mark.parametrize(
+    ("job", "reasons", "node"),
+    [
+        (UNLAUNCHED, REASONS, "n3"),
+        (UNLAUNCHED, "n1|1795334430|Prolog error\n", "n1"),
+        (UNLAUNCHED, "n1|1795334429|Prolog error\n", None),
+        (UNLAUNCHED, "", None),
+        (UNLAUNCHED.replace(NAME, "another"), REASONS, None),
+        (UNLAUNCHED.replace("1795334430 Sch", "Unknown Sch"), REASONS, None),
+        ("slurm_load_jobs error: Invalid job id specified", REASONS, None),
+    ],
+)
+def test_where_a_job_could_not_be_launched_is_told_by_the_reasons_of_nodes(
+    host: LoginHost, job: str, reasons: str, node: str | None
+) -> None:
+    host.install("scontrol", f"#!/bin/sh\necho '{job}'\ncase '{job}' in *error*) exit 1; esac\n")
+    host.install("sinfo", f"#!/bin/sh\nprintf '%s' '{reasons}'\n")
+    done = host.run(slurm_format.unfit_script("4711"))
+    assert slurm_format.parse_unfit(NAME, done.stdout) == node
+
+
 def test_the_end_of_a_file_is_shown_whatever_its_name(host: LoginHost) -> None:
     path = host.script("-n $(false)'", "a\nb\n")
     assert host.run(slurm_format.tail_script(str(path), 1)).stdout == "b\n"
