@@ -24,7 +24,7 @@ local WINDOW_S = 0.005
 local PERIOD_S = 5
 local CONNECT_TIMEOUT_S = 5
 local TRIES = 8
-local SUSPECT_AFTER = 3
+local SUSPECT_AFTER_ALONE = 3
 local SUSPECT_TTL_S = 600
 
 local turn = 0 -- breaks ties between equally loaded replicas
@@ -164,13 +164,24 @@ local function suspect(replica)
     store.suspect(replica.id, replica.gen, clock.now(), SUSPECT_TTL_S)
 end
 
---- Nothing could be sent to a replica. A row of such failures takes it out of the choice until a
---- poll that starts later passes.
+local function alone(replica)
+    for _, other in ipairs(replica.service.routable) do
+        if other ~= replica then
+            return false
+        end
+    end
+    return true
+end
+
+--- Nothing could be sent to a replica: it is out of the choice until a poll that starts later
+--- passes. If nothing else can be chosen, only a row of such failures does that: a burst overflows
+--- the backlog of a tunnel's socket, and to hold every request for a poll would be worse than to
+--- try those few again.
 function _M.connect_failed(id)
     local replica = registry.replica(id)
     if replica then
         replica.failures = replica.failures + 1
-        if replica.failures >= SUSPECT_AFTER then
+        if replica.failures >= SUSPECT_AFTER_ALONE or not alone(replica) then
             suspect(replica)
         end
     end
