@@ -1,6 +1,6 @@
 -- What a worker does beside requests: one tick for everything. While anyone waits, or the leader
 -- has a starting replica to poll, it comes every 5 ms instead of every 20 ms; and every millisecond
--- this worker looks whether another has freed the slot that one of its own waiters is next for.
+-- this worker looks whether another has freed the slot that one of its waiters is next for.
 -- Per worker: whether a tick runs, when the rarer duties are due, whether this worker leads,
 -- whether it looks for a slot.
 

@@ -95,19 +95,8 @@ function _M.parse(text)
     return list
 end
 
---- Whether the first of the queue is the first of all, the other queues included.
-function _M.leads(queue, lists)
-    local number = queue.first.number
-    for i = 1, #lists do
-        if lists[i][1] < number then
-            return false
-        end
-    end
-    return true
-end
-
--- How many of a list are below a number, from the position `from` on; nil where the list does not
--- reach so far but its queue may.
+-- Position of the first in a list that is not below a number, searched from a position on where all
+-- before are; nil when the list does not reach so far but its queue may.
 local function below(list, number, from)
     local n = #list
     while from <= n and list[from] < number do
@@ -117,6 +106,19 @@ local function below(list, number, from)
         return nil
     end
     return from
+end
+
+--- Whether the first of the queue is among the first `n` of all, the other queues included.
+function _M.among_first(queue, lists, n)
+    local number, rank = queue.first.number, 1
+    for i = 1, #lists do
+        local from = below(lists[i], number, 1)
+        if not from then
+            return false
+        end
+        rank = rank + from - 1
+    end
+    return rank <= n
 end
 
 --- Call `visit` with those waiters of the queue, in order, that are among the `free` first of all

@@ -27,7 +27,7 @@ local tonumber = tonumber
 
 local UNKNOWN = "-"        -- room of requests that came before any snapshot
 local SHOWN = 32           -- tickets of a room that other workers see
-local SHOWN_FOR_S = 0.25
+local SHOWN_FOR_S = 0.5   -- without being renewed: that long a dead worker may block the others
 local SHOW_AGAIN_S = 0.05
 
 local rooms = {}   -- service name → queue, with what it shows and what was read of others
@@ -171,7 +171,8 @@ local function advance(room)
         queue.turns(room, lists, free, grant)
         return false
     end
-    return #tags > 1 and balancer.full(service) and queue.leads(room, lists)
+    local slots = #service.routable * service.max_in_flight
+    return #tags > 1 and balancer.full(service) and queue.among_first(room, lists, slots + 1)
 end
 
 --- Wake the first waiters of a service, as many as may go on now.
@@ -182,8 +183,9 @@ function _M.advance(name)
     end
 end
 
---- The same for all services; the tick, and whoever stored a new snapshot. Returns whether the next
---- slot that gets free is for a waiter of this worker: another worker may free it, and cannot tell.
+--- The same for all services; the tick, and whoever stored a new snapshot. Returns whether one of
+--- the slots that get free next is for a waiter of this worker: another worker may free it, and
+--- cannot tell.
 function _M.advance_all()
     local eager = false
     local now = clock.now()
@@ -199,7 +201,7 @@ end
 --- Whether a waiter is the first of all.
 function _M.leads(waiter)
     local room = rooms[waiter.name]
-    return room.first == waiter and queue.leads(room, others(room, store.workers()))
+    return room.first == waiter and queue.among_first(room, others(room, store.workers()), 1)
 end
 
 --- Whether this worker has waiters for a service.
