@@ -6,7 +6,7 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev run lab test test-containers check bench
+.PHONY: help setup setup-dev run lab test test-slow test-containers check bench
 
 help:  ## show this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 24
@@ -26,6 +26,9 @@ lab: setup-dev  ## a small Slurm cluster on this machine, and slurmgate on it (C
 test: setup-dev  ## every test that needs no container engine
 	busted --pattern=_spec --lpath='lua/?.lua' tests/lua
 	$(PYTEST) --numprocesses=2 --dist=loadfile --cov --cov-report=term-missing
+
+test-slow: setup-dev  ## what takes minutes: real time limits, long schedules
+	$(PYTEST) --numprocesses=2 --dist=loadfile tests/slow
 
 test-containers:  ## the same in containers; starts a Docker engine where none runs
 	@scripts/setup containers
