@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from slurmgate.errors import CannotStart, StartRefused
+from slurmgate.launchers.host import Host
 from slurmgate.launchers.slurm import SlurmLauncher
 from slurmgate.launchers.slurm_format import JobName
 from slurmgate.model import (
@@ -584,7 +585,7 @@ def test_a_node_that_fails_is_named(own_lab, boot):
 
 def test_a_node_whose_prolog_fails_is_named_and_its_job_given_up(own_lab, boot, tmp_path):
     prolog = tmp_path / "prolog"
-    prolog.write_text('#!/bin/sh\n[ "$SLURMD_NODENAME" != n2 ]\n')
+    prolog.write_text('#!/bin/sh\n[ "$SLURMD_NODENAME" = n1 ]\n')
     prolog.chmod(0o755)
     lab = own_lab(Prolog=prolog)
     spec = service(lab)
@@ -594,8 +595,14 @@ def test_a_node_whose_prolog_fails_is_named_and_its_job_given_up(own_lab, boot, 
     end = backend.ears.until_end("r1", 40)
     assert (end.fault, end.bad_node) == (Fault.NOBODY, "n2")
     assert "launch failed requeued held" in end.reason
-    backend.launcher.launch(spec, "r2", avoid=("n2",))
-    assert backend.ears.until_phase("r2", Phase.STARTING).node != "n2"
+    # The same when no listing saw it there: Slurm is asked.
+    name = JobName(INSTANCE, "nobody", "r9", 20001, "0", "llm")
+    job_id = lab.sbatch(f"--job-name={name}", "--nodelist=n3", "--wrap=exec sleep 600")
+    until(lambda: "launch failed" in lab.run("squeue", "-h", "-j", job_id, "-o", "%r").stdout)
+    assert Host(login(lab), (), backend.remotes).unfit_node(name, job_id) == "n3"
+
+    backend.launcher.launch(spec, "r2", avoid=("n2", "n3"))
+    assert backend.ears.until_phase("r2", Phase.STARTING).node == "n1"
 
 
 def test_when_a_job_will_end_follows_changes_of_its_limit(lab, boot, monkeypatch):

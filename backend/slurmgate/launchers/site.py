@@ -179,7 +179,8 @@ class Site:
                 known = True
                 return None
             who = f"service {post.record.service} replica {replica}"
-            log.info("%s: submitting it to %s", who, self.name)
+            where = f"not on {', '.join(post.avoid)}" if post.avoid else "wherever it may run"
+            log.info("%s: submitting it to %s, %s", who, self.name, where)
             answer = self._host.submit(post.spec, post.name, post.avoid)
             known = True
         except (HostAway, CannotStart, StartRefused) as error:
