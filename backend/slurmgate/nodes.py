@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from slurmgate.model import LauncherKind
 from slurmgate.observed import Service, Strike
 
 SEVERAL = 2
@@ -30,6 +31,8 @@ def worked(service: Service, node: str | None) -> tuple[Strike, ...]:
 
 def avoided(service: Service, now: float) -> tuple[str, ...]:
     """Nodes where the next job shall not run, those that failed most first."""
+    if service.spec.launcher is not LauncherKind.SLURM:
+        return ()
     counts = Counter(strike.node for strike in _fresh(service, now))
     return tuple(node for node, count in counts.most_common(MOST) if count >= SEVERAL)
 

@@ -320,6 +320,12 @@ def test_a_node_where_starts_fail_again_and_again_is_kept_away_from():
     assert nodes.avoided(twice, NOW + 10 + HOUR) == ()
 
 
+def test_processes_run_on_this_machine_whatever_fails_there():
+    here = service()
+    found = failing(failing(here, "a1", "localhost", NOW), "a2", "localhost", NOW)
+    assert nodes.avoided(found, NOW) == ()
+
+
 def test_a_service_that_fails_everywhere_is_kept_from_no_node():
     found = several()
     for index, node in enumerate(("n1", "n1", "n2", "n2", "n3", "n3")):
