@@ -11,10 +11,12 @@ local ceil = math.ceil
 local floor = math.floor
 local huge = math.huge
 local ipairs = ipairs
+local max = math.max
 local sort = table.sort
 
 local POINTS = 128   -- of each replica; a multiple of four
 local OVER_MEAN = 1.25
+local ALWAYS = 2     -- requests in flight that are never too many: one may have ended a moment ago
 
 local _M = {}
 
@@ -111,8 +113,8 @@ local function with_id(candidates, id)
 end
 
 --- The candidate a key stays with: the first owner from its place (0 to 2^32 - 1) on the ring that
---- is a candidate, not full, and with one request more not above 1.25 times the mean. Returns nil
---- when all are full.
+--- is a candidate, not full, and with one request more not above 1.25 times the mean, in whole
+--- requests. Returns nil when all are full.
 function _M.affine(ring, place, candidates, loads)
     local total, weight = totals(candidates, loads)
     local owners = ring.owners
@@ -125,7 +127,7 @@ function _M.affine(ring, place, candidates, loads)
             local load, capacity = loads[id], candidate.capacity
             local its_weight = capacity > 0 and capacity or 1
             local bound = ceil(OVER_MEAN * (total + 1) * its_weight / weight)
-            if load + 1 <= bound and (capacity == 0 or load < capacity) then
+            if load + 1 <= max(bound, ALWAYS) and (capacity == 0 or load < capacity) then
                 return candidate
             end
         end
