@@ -595,7 +595,9 @@ def test_a_node_whose_prolog_fails_is_named_and_its_job_given_up(own_lab, boot, 
     end = backend.ears.until_end("r1", 40)
     assert (end.fault, end.bad_node) == (Fault.NOBODY, "n2")
     assert "launch failed requeued held" in end.reason
-    # The same when no listing saw it there: Slurm is asked.
+    # The same when no listing saw it there: Slurm is asked. Its times are whole seconds, so the
+    # node before must not have failed in the same one.
+    lab.run("scontrol", "update", "NodeName=n2", "State=RESUME")
     name = JobName(INSTANCE, "nobody", "r9", 20001, "0", "llm")
     job_id = lab.sbatch(f"--job-name={name}", "--nodelist=n3", "--wrap=exec sleep 600")
     until(lambda: "launch failed" in lab.run("squeue", "-h", "-j", job_id, "-o", "%r").stdout)
