@@ -377,6 +377,13 @@ def test_a_submission_that_slurmctld_slept_through_becomes_one_job(own_lab, boot
     assert ours(lab) == [reached.job_id]
 
 
+def until_saved(lab: Lab, job_id: str) -> None:
+    """Wait until a killed slurmctld would know that the job runs: it saves every few seconds."""
+    since, saved = time.time(), lab.folder / "slurmctld" / "job_state"
+    lab.run("scontrol", "update", f"JobId={job_id}", "Comment=running")
+    until(lambda: saved.exists() and saved.stat().st_mtime > since)
+
+
 def test_while_slurmctld_is_down_nothing_is_declared_gone(own_lab, boot):
     lab = own_lab()
     spec = service(lab)
@@ -384,6 +391,7 @@ def test_while_slurmctld_is_down_nothing_is_declared_gone(own_lab, boot):
     backend = boot(spec, other)
     backend.launcher.launch(spec, "r1")
     reached = backend.ears.until_phase("r1", Phase.STARTING)
+    until_saved(lab, str(reached.job_id))
     lab.slurmctld.kill()
     sighting = backend.launcher.launch(other, "r2")
     assert sighting.phase is Phase.SUBMITTED
