@@ -2,27 +2,53 @@
 
 Hypothesis drives a Fleet together with a gate whose workers count, check and route in separate
 steps, and a launcher whose work takes as long as it likes: what it starts may wait in a queue, run,
-be reached, and be queued again. What must hold is checked all along.
+be reached, be queued again, and end at its time limit. What must hold is checked all along. In the
+end everything works and only time passes: then as many replicas exist as the load needs, others
+take over before a time limit, and without a load the fewest are left.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
 
 from slurmgate import events, observed, scaling
 from slurmgate.fleet import Effect, FetchLastWords, Fleet, LaunchReplica, Report, StopReplica
 from slurmgate.lifecycle import start_by_admin, stop_by_admin
-from slurmgate.model import End, Health, LauncherKind, Phase, ServiceSpec, Sighting
+from slurmgate.model import (
+    End,
+    Fault,
+    Health,
+    LauncherKind,
+    Phase,
+    ReplicaBounds,
+    ServiceSpec,
+    Sighting,
+)
 from slurmgate.observed import ReplicaReport, ServiceReport
 
 NAME = "S"
+KIND = LauncherKind.SLURM
 DIED = End("the service died")
+CANCELLED = End("the job was cancelled", Fault.NOBODY)
+TIMED_OUT = End("its time limit was reached", Fault.NOBODY)
+NODES = ("n1", "n2")
+TARGET = 2
+HOUR = 3600.0
+CALM = 12  # seconds without any change: longer than the timeout, and than scale_up_after
 SPEC = ServiceSpec(
     name=NAME,
     route_name="s",
@@ -31,7 +57,7 @@ SPEC = ServiceSpec(
     check_health_path="/health",
     timeout=10.0,
     folder=Path("/x"),
-    launcher=LauncherKind.PROCESS,
+    launcher=KIND,
     start_timeout=60.0,
     replace_after=30.0,
 )
@@ -75,7 +101,7 @@ class Gate:
 
     def pick(self) -> Worker:
         assert self.version is not None
-        replica = self.routable()[0]
+        replica = min(self.routable(), key=lambda r: self.in_flight.get(r, 0))
         return Worker(self.version, replica, self.shown()[replica]["gen"])
 
     def store(self, answer: dict) -> None:
@@ -91,7 +117,10 @@ class Life(RuleBasedStateMachine):
         self.ids = (f"r{n}" for n in itertools.count())
         self.epochs = (f"{n:04d}" for n in itertools.count(1))
         self.gates = (f"gate{n}" for n in itertools.count(1))
-        self.spec = SPEC
+        self.spec = self.base = SPEC
+        self.limit: float | None = None
+        self.launches: list[float] = []
+        self.bad_nodes: Counter[str] = Counter()
         self.todo: list[Effect] = []
         self.alive: dict[str, Sighting] = {}
         self.cancelled: set[str] = set()
@@ -101,18 +130,49 @@ class Life(RuleBasedStateMachine):
         self.gate = Gate(next(self.gates))
         self.boot_backend()
 
+    @initialize(
+        least=st.integers(0, 1),
+        most=st.integers(1, 3),
+        max_in_flight=st.sampled_from([0, 1]),
+        limit=st.sampled_from([None, 40.0, 300.0]),
+        renew_before=st.sampled_from([0.0, 5.0, 20.0]),
+        max_pending=st.integers(1, 3),
+        max_starts=st.sampled_from([2, 1000]),
+    )
+    def service_is_configured(
+        self,
+        least: int,
+        most: int,
+        max_in_flight: int,
+        limit: float | None,
+        renew_before: float,
+        max_pending: int,
+        max_starts: int,
+    ) -> None:
+        self.limit = limit
+        self.spec = self.base = replace(
+            SPEC,
+            replicas=ReplicaBounds(least, most, TARGET, max_in_flight),
+            renew_before=renew_before,
+            max_pending=max_pending,
+            max_starts_per_hour=max_starts,
+        )
+        self.fleet.configure([self.spec])
+        self.settle()
+
     # -- the backend -----------------------------------------------------------------------
 
     def boot_backend(self) -> None:
         self.epoch = next(self.epochs)
         self.fleet = Fleet(self.epoch, lambda: next(self.ids), self.now, enabled=True)
         self.fleet.configure([self.spec])
+        self.launches = []
         self.todo = []
         for replica, running in list(self.alive.items()):
             if replica in self.cancelled:  # the launcher ends it and never speaks of it again
                 self.vanish(replica)
             else:
-                self.fleet.adopt(LauncherKind.PROCESS, running, Path("/x"), self.now)
+                self.fleet.adopt(KIND, running, Path("/x"), self.now)
         self.settle()
 
     def settle(self) -> None:
@@ -120,11 +180,23 @@ class Life(RuleBasedStateMachine):
         given_up = any(r.phase is Phase.FAILED for r in self.service().replicas)
         effects = self.fleet.settle(self.now)
         for effect in effects:
-            assert not (given_up and isinstance(effect, LaunchReplica)), "a failure was not awaited"
+            if isinstance(effect, LaunchReplica):
+                assert not given_up, "a failure was not awaited"
+                self.note_launch(effect)
             if isinstance(effect, StopReplica):
                 self.cancelled.add(effect.replica)
                 assert self.reach(effect.replica) == 0 or self.may_cut(effect.replica)
         self.todo += effects
+
+    def note_launch(self, launch: LaunchReplica) -> None:
+        self.launches.append(self.now)
+        lately = sum(self.now - at < HOUR for at in self.launches)
+        assert lately <= self.spec.max_starts_per_hour, "started too often"
+        queued = sum(r.phase in scaling.QUEUED for r in self.service().replicas)
+        waiting = sum(s.phase is Phase.PENDING for s in self.alive.values())
+        assert max(queued, waiting + 1) <= self.spec.max_pending, "too many in the queue"
+        for node in launch.avoid:
+            assert self.bad_nodes[node] > 1, "a node is avoided that did not fail several times"
 
     def service(self) -> observed.Service:
         return self.fleet.view().find(NAME)
@@ -153,6 +225,12 @@ class Life(RuleBasedStateMachine):
     def time_passes(self, seconds: float) -> None:
         self.now += seconds
         self.settle()
+        self.time_limits_are_enforced()
+
+    def time_limits_are_enforced(self) -> None:
+        for replica, known in list(self.alive.items()):
+            if known.ends_at is not None and known.ends_at <= self.now:
+                self.end(replica, TIMED_OUT)
 
     @rule()
     def backend_is_killed(self) -> None:
@@ -163,11 +241,23 @@ class Life(RuleBasedStateMachine):
         self.gate = Gate(next(self.gates))
 
     @precondition(lambda self: self.alive)
+    @rule(data=st.data(), how=st.sampled_from([DIED, CANCELLED]))
+    def replica_crashes(self, data: st.DataObject, how: End) -> None:
+        self.end(data.draw(st.sampled_from(sorted(self.alive))), how)
+
+    @precondition(lambda self: any(s.node for s in self.alive.values()))
     @rule(data=st.data())
-    def replica_crashes(self, data: st.DataObject) -> None:
-        self.end(data.draw(st.sampled_from(sorted(self.alive))), DIED)
+    def node_fails(self, data: st.DataObject) -> None:
+        on_nodes = sorted(r for r, sighting in self.alive.items() if sighting.node)
+        replica = data.draw(st.sampled_from(on_nodes))
+        node = self.alive[replica].node
+        assert node is not None
+        self.end(replica, End("its node failed", Fault.NOBODY, bad_node=node))
 
     def end(self, replica: str, how: End) -> None:
+        node = self.alive[replica].node
+        if node is not None:  # any end there may be counted against it
+            self.bad_nodes[node] += 1
         self.vanish(replica)
         self.event(lambda s: events.ended(s, replica, how, (), self.now))
 
@@ -319,15 +409,23 @@ class Life(RuleBasedStateMachine):
 
     def reached(self, sighting: Sighting) -> Sighting:
         return replace(
+            self.running(sighting), phase=Phase.STARTING, endpoint=f"127.0.0.1:{sighting.gen}"
+        )
+
+    def running(self, sighting: Sighting) -> Sighting:
+        if sighting.running_at is not None:
+            return replace(sighting, phase=Phase.RUNNING)
+        return replace(
             sighting,
-            phase=Phase.STARTING,
-            endpoint=f"127.0.0.1:{sighting.gen}",
+            phase=Phase.RUNNING,
             running_at=self.now,
+            node=NODES[len(self.launches) % len(NODES)],
+            ends_at=None if self.limit is None else self.now + self.limit,
         )
 
     def tell(self, sighting: Sighting) -> None:
         self.alive[sighting.replica] = sighting
-        self.fleet.seen(LauncherKind.PROCESS, sighting, Path("/x"), self.now)
+        self.fleet.seen(KIND, sighting, Path("/x"), self.now)
         self.settle()
 
     @precondition(lambda self: self.alive)
@@ -335,7 +433,7 @@ class Life(RuleBasedStateMachine):
     def job_goes_on(self, data: st.DataObject) -> None:
         known = self.alive[data.draw(st.sampled_from(sorted(self.alive)))]
         if known.phase is Phase.PENDING:
-            self.tell(replace(known, phase=Phase.RUNNING, running_at=self.now))
+            self.tell(self.running(known))
         elif known.phase is Phase.RUNNING:
             self.tell(self.reached(known))
         else:
@@ -350,7 +448,7 @@ class Life(RuleBasedStateMachine):
         self.healthy.discard(replica)
         self.cut(replica)
         fresh = replace(known, phase=Phase.PENDING, endpoint=None, gen=known.gen + 1)
-        self.tell(replace(fresh, running_at=None))
+        self.tell(replace(fresh, running_at=None, node=None, ends_at=None))
 
     @precondition(lambda self: set(self.alive) - self.healthy)
     @rule()
@@ -368,18 +466,18 @@ class Life(RuleBasedStateMachine):
 
     @rule(script=st.sampled_from(["serve.sh", "other.sh"]))
     def configuration_changes(self, script: str) -> None:
-        self.spec = replace(SPEC, bash_file=script)
+        self.spec = replace(self.base, bash_file=script)
         self.fleet.configure([self.spec])
         self.settle()
 
     # -- what must hold --------------------------------------------------------------------
 
     @invariant()
-    def never_two_starts(self) -> None:
-        service = self.service()
+    def never_more_than_allowed(self) -> None:
+        service, most = self.service(), self.spec.replicas.max
         meant, old = scaling.going(service), scaling.outdated(service, self.now)
-        assert len(meant) <= 1 + bool(old)
-        assert len(service.replicas) <= 2
+        assert len(meant) <= most + bool(old)
+        assert len(service.replicas) <= most + 1
 
     @invariant()
     def every_process_is_known(self) -> None:
@@ -390,36 +488,96 @@ class Life(RuleBasedStateMachine):
     def counts_are_never_negative(self) -> None:
         assert all(count >= 0 for count in self.gate.in_flight.values())
 
-    def teardown(self) -> None:
-        """Left alone, with everything working and nobody asking, all of it ends."""
-        self.gate.workers = []
-        self.gate.in_flight = {}
-        self.gate.waiting = 0
-        for _ in range(400):
-            self.now += 1.0
-            self.settle()
-            self.deliver_everything()
-            if not self.alive and not self.service().replicas and not self.todo:
-                return
-        raise AssertionError(f"not gone: {self.service()}")
+    # -- left alone ------------------------------------------------------------------------
 
-    def deliver_everything(self) -> None:
+    def teardown(self) -> None:
+        """From now on everything works. What the rules left behind is no excuse."""
+        self.spec = replace(self.spec, max_starts_per_hour=1000)
+        self.fleet.configure([self.spec])
+        self.limit = None
+        self.comes_to_rest_at(4)
+        self.renews_in_time(4)
+        self.comes_to_rest_at(0)
+
+    def comes_to_rest_at(self, load: int) -> None:
+        """So many requests all the time: exactly so many replicas as they need, and for good."""
+        calm, before = 0, len(self.launches)
+        for _ in range(600):
+            self.benign_second(load)
+            calm = calm + 1 if self.rests(load) else 0
+            if calm == CALM:
+                break
+        assert calm == CALM, f"not at rest with {load}: {self.service()}"
+        started = len(self.launches) - before
+        assert started <= 2 * (self.spec.replicas.max + 1), "it went on starting replicas"
+
+    def rests(self, load: int) -> bool:
+        service, bounds = self.service(), self.spec.replicas
+        per_replica = min(TARGET, bounds.max_in_flight or TARGET)
+        least = 0 if service.stopped else bounds.min
+        wanted = max(least, min(bounds.max, math.ceil(load / per_replica)))
+        ready = [r for r in service.replicas if r.phase is Phase.READY]
+        rest = len(ready) == len(service.replicas) == len(self.alive) == wanted
+        return rest and not self.todo
+
+    def renews_in_time(self, load: int) -> None:
+        """The time of all that serve ends: others serve before that, never fewer."""
+        lead = self.spec.renew_before
+        if not lead:
+            return
+        serving, before = len(self.alive), len(self.launches)
+        end = self.now + lead * (serving + 0.5)
+        old = set(self.alive)
+        for known in list(self.alive.values()):
+            self.tell(replace(known, running_at=2 * self.now - end - HOUR, ends_at=end))
+        while self.now < end + CALM:
+            self.benign_second(load)
+            ready = sum(r.phase is Phase.READY for r in self.service().replicas)
+            assert ready >= serving, f"fewer serve: {self.service()}"
+        assert not old & set(self.alive)
+        assert len(self.launches) - before == serving, "more were started than had to be replaced"
+
+    def benign_second(self, load: int) -> None:
+        self.now += 1.0
+        self.settle()
+        self.time_limits_are_enforced()
         for known in list(self.alive.values()):
             if known.endpoint is None:
                 self.tell(self.reached(known))
         self.healthy |= set(self.alive)
         while self.todo:
-            effect = self.todo.pop(0)
-            if isinstance(effect, StopReplica | FetchLastWords):
-                self.stop(effect.replica)
-            elif isinstance(effect, LaunchReplica):
-                replica = effect.replica
-                self.event(
-                    lambda s, r=replica: events.launch_failed(s, r, "start-failed", "", self.now)
-                )
-        self.fleet.report(self.report(), self.now)
-        self.settle()
-        self.gate.store(self.fleet.view().wire(self.now))
+            self.carry_out(self.todo.pop(0))
+        self.spread(load)
+        number = None
+        while number != self.fleet.view().number:  # what a report changes, the next acknowledges
+            number = self.fleet.view().number
+            self.fleet.report(self.report(), self.now)
+            self.settle()
+            view = self.fleet.view()
+            if self.gate.version != (view.epoch, view.number):
+                self.gate.store(view.wire(self.now))
+
+    def carry_out(self, effect: Effect) -> None:
+        if isinstance(effect, StopReplica | FetchLastWords):
+            self.stop(effect.replica)
+        elif isinstance(effect, LaunchReplica):
+            hash_, replica = effect.spec.start_hash(), effect.replica
+            running = self.reached(Sighting(replica, NAME, hash_, Phase.PENDING, self.now))
+            self.alive[replica] = running
+            self.event(lambda s: events.launched(s, running, self.now))
+
+    def spread(self, load: int) -> None:
+        """So many requests, as many as may be in flight at the replicas of now."""
+        gate, routable = self.gate, self.gate.routable()
+        gate.workers = []
+        most = self.spec.replicas.max_in_flight or load
+        gate.in_flight = dict.fromkeys(routable, 0)
+        for n in range(min(load, most * len(routable))):
+            gate.in_flight[routable[n % len(routable)]] += 1
+        gate.waiting = load - sum(gate.in_flight.values())
+        gate.requests += load
+        if load:
+            gate.last_use = self.now
 
 
 TestLife = Life.TestCase
