@@ -41,7 +41,7 @@ NOTHING = 0.01  # a replica that had nothing to do: what the others are divided 
 # Share of the processors' time that may be used in a round that counts.
 SPARE = 0.85
 # How many times as many turns as wanted, to get that many with time to spare.
-PATIENCE = 2
+PATIENCE = 1.5
 
 
 @dataclass(frozen=True, slots=True)
