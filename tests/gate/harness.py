@@ -180,6 +180,9 @@ class EchoService:
         service = self
 
         class Handler(_Handler):
+            # Header and body are two writes.
+            disable_nagle_algorithm = True
+
             def do_GET(self) -> None:
                 service.answer(self)
 

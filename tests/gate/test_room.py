@@ -79,6 +79,15 @@ def waiting(backend: FakeBackend) -> int:
     return int(backend.service_note("LLM").get("waiting", 0))
 
 
+def until_waiting(backend: FakeBackend, number: int) -> None:
+    wait_until(lambda: waiting(backend) == number, f"{number} wait")
+
+
+def until_told_twice(backend: FakeBackend) -> None:
+    told = len(backend.notes)
+    wait_until(lambda: len(backend.notes) > told + 1, "two calls later")
+
+
 class Client:
     """One kept connection, and the worker that accepted it."""
 
@@ -178,17 +187,18 @@ def queue_up(backend: FakeBackend, clients: list[Client], first: int = 1) -> lis
     paths = [f"/{number}" for number in range(first, first + len(clients))]
     for number, (client, path) in enumerate(zip(clients, paths, strict=True), first):
         client.ask(path)
-        wait_until(lambda number=number: waiting(backend) == number, f"{number} wait")
+        until_waiting(backend, number)
     return paths
 
 
 def mixed(a: list[Client], b: list[Client]) -> list[Client]:
     """Neither in turns nor in blocks."""
-    clients, left, right = [], list(a), list(b)
+    both: list[Client] = []
+    left, right = list(a), list(b)
     while left or right:
-        side = left if len(clients) % 5 in (0, 1, 3) else right
-        clients.append((side or left or right).pop(0))
-    return clients
+        side = left if len(both) % 5 in (0, 1, 3) else right
+        both.append((side or left or right).pop(0))
+    return both
 
 
 def test_a_slot_goes_to_whoever_waits_longest_in_any_worker(
@@ -202,7 +212,7 @@ def test_a_slot_goes_to_whoever_waits_longest_in_any_worker(
     assert [client.status() for client in waiters] == [200] * len(waiters)
     assert echo.seen == ["/first", *paths]
     assert echo.most == 1
-    wait_until(lambda: waiting(backend) == 0, "nobody waits")
+    until_waiting(backend, 0)
 
 
 @pytest.mark.parametrize("known", [False, True], ids=["no snapshot", "cold"])
@@ -218,9 +228,8 @@ def test_the_order_is_kept_through_a_cold_start(
         paths = [f"/{number}" for number in range(len(waiters))]
         for client, path in zip(waiters, paths, strict=True):
             client.ask(path)
-            told = len(backend.notes)
             # The tick that calls comes after the requests that were there before.
-            wait_until(lambda told=told: len(backend.notes) > told + 1, "two calls later")
+            until_told_twice(backend)
     publish(backend, echo)
     assert [client.status() for client in waiters] == [200] * len(waiters)
     # The workers learn of the start a tick apart.
@@ -268,9 +277,9 @@ def test_one_clients_many_requests_do_not_starve_another(
     greedy = mixed(a, b)
     for client in greedy[:10]:
         client.ask("/many")
-    wait_until(lambda: waiting(backend) == 10, "ten wait")
+    until_waiting(backend, 10)
     other.ask("/other")
-    wait_until(lambda: waiting(backend) == 11, "the other waits")
+    until_waiting(backend, 11)
     for client in greedy[10:]:
         client.ask("/many")
     echo.release.set()
@@ -293,7 +302,7 @@ def test_no_replica_ever_has_more_than_its_bound(
     other.stop()
     assert (echo.most, other.most) == (3, 3)
     assert min(len(echo.seen), len(other.seen)) > 100
-    wait_until(lambda: waiting(backend) == 0, "nobody waits")
+    until_waiting(backend, 0)
 
 
 @pytest.mark.parametrize("slot", ["its own", "another's"])
@@ -312,7 +321,7 @@ def test_a_killed_worker_whose_turn_it_was_holds_nobody_up(
     wait_until(lambda: echo.seen[-1] == paths[-1], "the others go on", GO_ON_S)
     assert [client.status() for client in living[1:]] == [200] * 3
     assert echo.seen == ["/first", *paths]
-    wait_until(lambda: waiting(backend) == 0, "nobody waits")
+    until_waiting(backend, 0)
 
 
 def test_waiters_of_exiting_workers_get_their_turn_before_later_ones(
@@ -350,7 +359,7 @@ def test_a_client_that_hangs_up_gives_its_turn_away(
     waiters = [*a, *b]
     paths = queue_up(backend, waiters)
     waiters[0].socket.close()
-    wait_until(lambda: waiting(backend) == 2, "its place is free")
+    until_waiting(backend, 2)
     echo.release.set()
     assert [client.status() for client in waiters[1:]] == [200, 200]
     assert echo.seen == ["/first", *paths[1:]]
