@@ -439,6 +439,14 @@ def test_one_that_replaces_another_counts_upward_too_and_the_port_is_free_again(
     assert launcher.launch(fixed, "r3").port == 8000
 
 
+def test_one_that_replaces_another_passes_over_the_port_of_another_service(boot, slurm):
+    fixed = replace(SPEC, remote_port=8000)
+    beside = replace(SPEC, name="Beside", route_name="beside", remote_port=8001)
+    launcher = boot(fixed, beside)
+    assert launcher.launch(beside, "b1").port == 8001
+    assert [launcher.launch(fixed, replica).port for replica in ("r1", "r2")] == [8000, 8002]
+
+
 def test_a_single_replica_gets_its_port_while_the_one_before_is_still_being_cancelled(boot, slurm):
     fixed = replace(SPEC, remote_port=8000)
     launcher = boot(fixed)

@@ -343,7 +343,7 @@ class SlurmLauncher:
         raise CannotStart(f"every port of port_range {bounds[0]}-{bounds[1]} is in use")
 
     def _counted_port(self, spec: ServiceSpec, site: Site) -> int:
-        """Choose the fixed port of a service, or the first one upward that none of its others has.
+        """Choose the fixed port of a service, or the first one upward that no other replica has.
 
         Where one replica is meant it gets that port back from one that was stopped: a script may
         know no other.
@@ -352,7 +352,14 @@ class SlurmLauncher:
         single = spec.replicas.max <= 1
         mine = [held for held in self._held.values() if held.service == spec.name]
         had = {held.port for held in mine if not (single and held.leaving)}
-        taken = self._found_taken(site) - ({spec.remote_port} if single else set())
+        theirs = {
+            held.port
+            for held in self._held.values()
+            if held.site is site and held.service != spec.name
+        }
+        taken = self._found_taken(site) | theirs
+        if single:
+            taken.discard(spec.remote_port)
         for avoid in (had | taken, had):
             for port in range(spec.remote_port, HIGHEST_PORT + 1):
                 if port not in avoid:
