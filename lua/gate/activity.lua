@@ -12,6 +12,7 @@
 -- gate itself answered: then sg_service is empty).
 
 local clock = require "gate.clock"
+local flows = require "gate.flows"
 local registry = require "gate.registry"
 local store = require "gate.store"
 
@@ -22,6 +23,7 @@ local tonumber = tonumber
 local FLUSH_S = 0.02
 local ANSWER_TTL = 3600
 local LAST_WORDS_S = 0.1
+local LOOK_S = 0.2      -- how often long answers are looked at
 
 local ends = {}     -- service → end of its last use
 local flushed = {}  -- service → newest end in the shared dict
@@ -29,6 +31,7 @@ local answers = {}  -- replica → time of its last answer
 local touched = {}  -- replica id → its table, until no request is on it and it is gone
 local holding = 0   -- counts held by requests of this worker
 local began = 0     -- requests begun by this worker
+local looked = 0    -- when long answers were last looked at
 
 local _M = {}
 
@@ -60,6 +63,7 @@ function _M.take_replica(var, replica)
     local n = store.count(replica.count_key, 1)
     var.sg_on = id
     touched[id] = replica
+    flows.begin(replica)
     holding = holding + 1
     return n
 end
@@ -71,6 +75,7 @@ function _M.drop_replica(var)
         return nil
     end
     store.count(touched[id].count_key, -1)
+    flows.finish()
     holding = holding - 1
     var.sg_on = ""
     var.sg_off = id
@@ -202,8 +207,24 @@ function _M.abandon(var)
     end
 end
 
+-- Bytes of a long answer count as an answer, but lift no suspicion: what a replica wrote before it
+-- died may take a while to pass.
+local function note_flows(now)
+    flows.look(function(replica)
+        return now - replica.answered < LOOK_S
+    end, function(replica)
+        replica.answered = now
+        answers[replica.id] = now
+    end)
+end
+
 --- Write what this worker noted since the last flush where all see it; called by the tick.
 function _M.flush()
+    local now = clock.now()
+    if now - looked >= LOOK_S then
+        looked = now
+        note_flows(now)
+    end
     for name, at in pairs(ends) do
         flushed[name] = at
         store.advance_time("end:" .. name, at)

@@ -3,6 +3,7 @@
 local activity = require "gate.activity"
 local balancer = require "gate.balancer"
 local duties = require "gate.duties"
+local flows = require "gate.flows"
 local hold = require "gate.hold"
 local notifier = require "gate.notifier"
 local pages = require "gate.pages"
@@ -114,6 +115,7 @@ end
 
 --- A request has ended, however it did.
 function _M.log()
+    flows.finish()
     local var = ngx.var
     rooms.forget(var)
     pages.forget(var)

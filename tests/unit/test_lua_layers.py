@@ -20,7 +20,7 @@ LAYERS = (
     {"registry"},
     {"router", "picker", "prefer", "queue", "problem", "http"},
     {"store", "settings"},
-    {"clock", "client"},
+    {"clock", "client", "flows"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 PURE = ("router", "picker", "prefer", "queue")
