@@ -175,6 +175,7 @@ def ended(service: Service, replica_id: str, end: End, log: tuple[str, ...], now
     found = service.replica(replica_id)
     if found is None:
         return service
+    found = replace(found, node=found.node or end.node)
     rest = without_replica(service, replica_id)
     fresh = found.never_routable and found.ready_at is None
     if found.phase is Phase.FAILED:

@@ -209,14 +209,16 @@ class Fault(StrEnum):
 class End:
     """How a replica ended, in a clause such as ``job 4711 was cancelled``, and whose fault it is.
 
-    ``code`` is what requests held for it are refused with. ``bad_node`` names the node that failed,
-    when it was the node's doing.
+    ``code`` is what requests held for it are refused with. ``node`` is where it ran: one that ends
+    soon may never have been seen there. ``bad_node`` names the node that failed, when it was the
+    node's doing.
     """
 
     reason: str
     fault: Fault = Fault.SERVICE
     code: str = "start-failed"
     bad_node: str | None = None
+    node: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

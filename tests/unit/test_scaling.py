@@ -320,6 +320,15 @@ def test_a_node_where_starts_fail_again_and_again_is_kept_away_from():
     assert nodes.avoided(twice, NOW + 10 + HOUR) == ()
 
 
+def test_one_that_ends_before_it_was_seen_on_a_node_counts_against_that_node_too():
+    found = several()
+    for name in ("a1", "a2"):
+        queued = replace(found, replicas=(starting(id=name, node=None, created_at=NOW - 1),))
+        found = events.ended(queued, name, End("exited with code 1", node="n1"), (), NOW)
+    assert nodes.avoided(found, NOW) == ("n1",)
+    assert found.recent[-1].node == "n1"
+
+
 def test_processes_run_on_this_machine_whatever_fails_there():
     here = service()
     found = failing(failing(here, "a1", "localhost", NOW), "a2", "localhost", NOW)

@@ -224,7 +224,7 @@ def test_a_job_that_runs_on_this_machines_cluster_is_dialled_directly(boot, slur
     slurm.set("100", "FAILED")
     slurm.lines = ("boom",)
     until(lambda: ears.ends, 20)
-    assert ears.ends == [("r1", End("the service exited with code 3", Fault.SERVICE))]
+    assert ears.ends == [("r1", End("the service exited with code 3", node="n1"))]
     assert launcher.log_tail("r1", 5) == ["boom"]
 
 

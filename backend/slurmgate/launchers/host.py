@@ -172,10 +172,10 @@ class Host:
         ended = slurm_states.end_of(
             detail.state, ready=False, job_id=job_id, node=node, exit=detail.exit
         )
-        end = End(detail.state) if ended is None else _end(ended, detail.nodes or node)
+        end = End(detail.state) if ended is None else _end(ended, detail.nodes, node)
         if early and end.fault is Fault.SERVICE and slurm_states.port_taken(lines, name.port):
             fault = Fault.SERVICE if fixed else Fault.PORT
-            end = End(f"port {name.port} is taken on node {node}", fault)
+            end = End(f"port {name.port} is taken on node {node}", fault, node=node)
         return Inquiry(Answer(job_id, began, standing, end=end), lines)
 
     def unfit_node(self, name: JobName, job_id: str) -> str | None:
@@ -254,7 +254,7 @@ class Host:
         return Row(
             job_id=row.job_id,
             standing=_STANDINGS[kind],
-            end=None if ended is None else _end(ended, row.nodes or row.batch_host),
+            end=None if ended is None else _end(ended, row.nodes, row.batch_host),
             node=None if queued else row.batch_host or row.nodes,
             reason=_reason(row, waiting),
             permanent=kind is Kind.HELD or (waiting is not None and waiting.forever),
@@ -278,10 +278,14 @@ def _reason(row: slurm_format.Row, waiting: slurm_states.Waiting | None) -> str 
     return None if row.state in ("PENDING", "RUNNING") else row.state.lower().replace("_", " ")
 
 
-def _end(ended: slurm_states.Ended, nodes: str | None) -> End:
-    """Name the node that failed where it was the only one: of several, Slurm does not say which."""
+def _end(ended: slurm_states.Ended, nodes: str | None, node: str | None) -> End:
+    """Name the node that failed where it was the only one: of several, Slurm does not say which.
+
+    ``node`` is the one that ran the script.
+    """
+    nodes = nodes or node
     blamed = nodes if ended.by_node and nodes and not re.search(r"[\[,]", nodes) else None
-    return End(ended.words, ended.fault, bad_node=blamed)
+    return End(ended.words, ended.fault, bad_node=blamed, node=node)
 
 
 def _ends_at(row: slurm_format.Row, began: float, offset: float) -> float | None:
