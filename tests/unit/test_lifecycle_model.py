@@ -193,7 +193,11 @@ class Life(RuleBasedStateMachine):
         lately = sum(self.now - at < HOUR for at in self.launches)
         assert lately <= self.spec.max_starts_per_hour, "started too often"
         queued = sum(r.phase in scaling.QUEUED for r in self.service().replicas)
-        waiting = sum(s.phase is Phase.PENDING for s in self.alive.values())
+        # One that was queued again and is being cancelled is not waited for.
+        waiting = sum(
+            s.phase is Phase.PENDING and (s.gen == 1 or s.replica not in self.cancelled)
+            for s in self.alive.values()
+        )
         assert max(queued, waiting + 1) <= self.spec.max_pending, "too many in the queue"
         for node in launch.avoid:
             assert self.bad_nodes[node] > 1, "a node is avoided that did not fail several times"
