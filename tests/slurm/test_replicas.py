@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import httpx
+import pytest
 
 from tests.slurm.product import ClusterProduct, serving
 from tests.slurm.traffic import Flow, job_ids, settled, watching
@@ -125,7 +126,10 @@ def test_one_of_three_is_preempted_under_load(product: ClusterProduct):
     assert watch.ids == jobs
 
 
-def test_health_checks_that_time_out_under_full_load_replace_nobody(product: ClusterProduct):
+@pytest.mark.parametrize(("path", "size"), [(SLOW, 24), ("/probe/stream?n=30&s=0.2", 6)])
+def test_health_checks_that_time_out_under_full_load_replace_nobody(
+    product: ClusterProduct, path: str, size: int
+):
     """As in a server with so many workers: a check gets its turn behind the requests before it."""
     entry = product.job(
         replicas={"min": 2, "max": 2, "target_in_flight": 100},
@@ -140,7 +144,7 @@ def test_health_checks_that_time_out_under_full_load_replace_nobody(product: Clu
     def late(pid: int) -> int:
         return sum(check["waited"] > 0.4 for check in product.noted("check") if check["pid"] == pid)
 
-    with watching(product) as watch, flow(product, size=24) as load:
+    with watching(product) as watch, flow(product, path, size) as load:
         until(lambda: all(late(pid) >= 12 for pid in pids), 60)
         assert settled(product, 2) == jobs
     assert load.failures == []

@@ -5,8 +5,9 @@
 Environment: ``PROBE_NOTES`` a file that gets a JSON line for each start, each request other than
 health checks, and SIGTERM; ``PROBE_LOAD_S`` seconds until healthy; ``PROBE_LINGER_S`` how long it
 goes on serving after SIGTERM, so that a request which comes too late is seen; ``PROBE_HOST`` the
-address to listen on (127.0.0.1); ``PROBE_SLOTS`` how many requests to /slow it works on at once (0:
-any number): the rest, and health checks too, wait for their turn, and each check is noted.
+address to listen on (127.0.0.1); ``PROBE_SLOTS`` how many requests to /slow and /stream it works on
+at once (0: any number): the rest, and health checks too, wait for their turn, and each check is
+noted.
 """
 
 from __future__ import annotations
@@ -72,10 +73,11 @@ async def slow(request: web.Request) -> web.Response:
 async def stream(request: web.Request) -> web.StreamResponse:
     """``n`` lines, one each ``s`` seconds."""
     answer = web.StreamResponse()
-    await answer.prepare(request)
-    for index in range(int(request.query.get("n", "10"))):
-        await answer.write(f"{index}\n".encode())
-        await asyncio.sleep(float(request.query.get("s", "0.1")))
+    async with slots:
+        await answer.prepare(request)
+        for index in range(int(request.query.get("n", "10"))):
+            await answer.write(f"{index}\n".encode())
+            await asyncio.sleep(float(request.query.get("s", "0.1")))
     await answer.write_eof()
     return answer
 
