@@ -63,7 +63,6 @@ function _M.take_replica(var, replica)
     local n = store.count(replica.count_key, 1)
     var.sg_on = id
     touched[id] = replica
-    flows.begin(replica)
     holding = holding + 1
     return n
 end

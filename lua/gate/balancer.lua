@@ -9,6 +9,7 @@ local ngx_balancer = require "ngx.balancer"
 
 local activity = require "gate.activity"
 local clock = require "gate.clock"
+local flows = require "gate.flows"
 local picker = require "gate.picker"
 local registry = require "gate.registry"
 local store = require "gate.store"
@@ -18,6 +19,7 @@ local floor = math.floor
 local ipairs = ipairs
 local max = math.max
 local min = math.min
+local random = math.random
 
 local GROWTH = 16
 local WINDOW_S = 0.005
@@ -26,8 +28,7 @@ local CONNECT_TIMEOUT_S = 5
 local TRIES = 8
 local SUSPECT_AFTER_ALONE = 3
 local SUSPECT_TTL_S = 600
-
-local turn = 0 -- breaks ties between equally loaded replicas
+local TURNS = 2 ^ 24
 
 local _M = {}
 
@@ -45,8 +46,9 @@ local function pick_among(var, service)
     if stays then
         return stays
     end
-    turn = turn + 1
-    return picker.least(routable, loads, turn)
+    -- Numbers in order could leave one of several equals out for ever: whichever ended a moment ago
+    -- is no equal yet, so who is one follows from what was chosen before.
+    return picker.least(routable, loads, random(0, TURNS))
 end
 
 -- One replica alone costs nothing but this.
@@ -199,6 +201,8 @@ end
 --- Set the peer; the balancer phase, which cannot yield.
 function _M.set_peer()
     local peer = activity.replica(ngx.var)
+    -- Here and not in `admit`: the access phase just fits into one trace of the JIT compiler.
+    flows.begin(peer)
     local read_timeout = peer.service.read_timeout
     local ok, err = ngx_balancer.set_current_peer(peer.host, peer.port)
     if ok then

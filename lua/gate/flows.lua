@@ -4,8 +4,8 @@
 -- worker notes its requests, and looks now and then how far nginx has come with those that last.
 --
 -- Per worker: the replica of each request under way, by the address of nginx's request, and the
--- bytes that had come from it at the last look. A request is valid from its access phase to its log
--- phase, which nginx never leaves out; it is forgotten there before all else.
+-- bytes that had come from it at the last look. A request is valid until its log phase, which nginx
+-- never leaves out; it is forgotten there before all else.
 
 local base = require "resty.core.base"
 local ffi = require "ffi"
@@ -35,7 +35,7 @@ local function address()
     return tonumber(cast(address_t, get_request()))
 end
 
---- The current request is on a replica from here on.
+--- The current request is sent to a replica.
 function _M.begin(replica)
     local at = address()
     under_way[at] = replica

@@ -27,7 +27,7 @@ local function relative(candidate, loads)
 end
 
 --- The candidate with the fewest requests in flight relative to its capacity. `turn` (any whole
---- number that changes) says which of equal ones. Returns nil when there is no candidate.
+--- number from 0) says which of equal ones. Returns nil when there is no candidate.
 function _M.least(candidates, loads, turn)
     local n = #candidates
     local lowest, equals = huge, 0

