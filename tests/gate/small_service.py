@@ -14,10 +14,12 @@ from tests.gate.harness import free_port, replica
 
 PIECE_S = 0.05
 STREAM = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+UPGRADED = b"HTTP/1.1 101 x\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n"
 
 
 class SmallService:
-    """Answers ``/hold…`` when released and streams ``/stream…`` until then; all else at once.
+    """Answers ``/hold…`` when released; streams ``/stream…``, and ``/upgrade…`` with another
+    protocol, until then; answers all else at once.
 
     ``health`` is ``good``, ``bad`` (503) or ``mute`` (no answer). ``seen`` are the paths asked for
     in order, ``in_flight`` how many are not yet answered. Attributes may be read by any thread.
@@ -90,7 +92,10 @@ class SmallService:
         self.in_flight += 1
         try:
             if path.startswith("/stream"):
-                await self._stream(writer)
+                await self._stream(writer, STREAM)
+                return
+            if path.startswith("/upgrade"):
+                await self._stream(writer, UPGRADED)
                 return
             while path.startswith("/hold") and not self.released:
                 await asyncio.sleep(PIECE_S)
@@ -106,8 +111,8 @@ class SmallService:
             await asyncio.sleep(PIECE_S)
         await self._send(writer, 200 if self.health == "good" else 503, "")
 
-    async def _stream(self, writer: asyncio.StreamWriter) -> None:
-        writer.write(STREAM)
+    async def _stream(self, writer: asyncio.StreamWriter, head: bytes) -> None:
+        writer.write(head)
         while not self.released:
             writer.write(b"1\r\n.\r\n")
             await writer.drain()

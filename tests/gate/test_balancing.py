@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -375,3 +376,22 @@ def test_a_long_answer_keeps_its_replica_up_although_its_health_path_is_mute(
     streaming.released = True
     assert replica_of(held.result()) == streaming.name
     wait_until(lambda: health_of(backend, streaming.name) == "down", "down when silent")
+
+
+def test_a_changed_protocol_keeps_its_replica_up_while_bytes_come(
+    gate: Gate, backend: FakeBackend, services: Services
+) -> None:
+    (one,) = services.start(1)
+    serve(backend, gate, [one], health=QUICK)
+    wait_until(lambda: health_of(backend, "r1") == "up", "up")
+    with socket.create_connection(("127.0.0.1", gate.port), timeout=20) as sock:
+        sock.sendall(b"GET /llm/upgrade HTTP/1.1\r\nHost: a\r\n")
+        sock.sendall(b"Connection: Upgrade\r\nUpgrade: x\r\n\r\n")
+        assert sock.recv(1000).startswith(b"HTTP/1.1 101")
+        polls = one.polls
+        one.health = "mute"
+        seen = healths(
+            backend, "r1", lambda: wait_until(lambda: one.polls >= polls + 8, "many polls")
+        )
+        assert seen <= {"up"}
+    wait_until(lambda: health_of(backend, "r1") == "down", "down when silent")
