@@ -62,15 +62,17 @@ local function find_out(var, waiter)
     return service
 end
 
--- Returns the replica; and whether nobody had woken the waiter for it.
+-- A newcomer that finds enough for all before it and itself need not be woken: rooms would else
+-- keep each other filled under a load that needs no waiting.
 local function try(var, waiter, service)
-    local granted = waiter.granted
-    if not granted and not rooms.leads(waiter) then
+    if not waiter.granted then
+        rooms.advance(waiter.name)
+    end
+    if not waiter.granted then
         return nil
     end
     waiter.granted = false
-    local replica = balancer.admit(var, service)
-    return replica, replica and not granted
+    return balancer.admit(var, service)
 end
 
 -- Its service was removed: whoever had been let through to it had asked for the right route.
@@ -94,14 +96,14 @@ local function look(var, waiter, wish)
     if service and lost_twice(var) then
         return nil, "upstream-failed"
     end
-    local replica, unasked
+    local replica
     if service then
-        replica, unasked = try(var, waiter, service)
+        replica = try(var, waiter, service)
         -- Trying may have brought a newer view.
         service = registry.find(waiter.name)
     end
     if replica then
-        return replica, nil, unasked
+        return replica
     elseif not service then
         return nil, without_service(var, false)
     end
@@ -115,12 +117,10 @@ local function note_waited(var, waiter)
 end
 
 local function go_on(var, waiter)
-    local name = waiter.name
     rooms.leave(var, waiter)
     note_waited(var, waiter)
     var.sg_tries = (tonumber(var.sg_tries) or 0) + 1
     var.sg_off = ""
-    return name
 end
 
 local function client_gone(var)
@@ -136,13 +136,9 @@ local function wait(var, since)
     local wish = refusal.wish()
     while true do
         registry.refresh()
-        local replica, code, unasked = look(var, waiter, wish)
+        local replica, code = look(var, waiter, wish)
         if replica then
-            local name = go_on(var, waiter)
-            if unasked then
-                rooms.advance(name)
-            end
-            return
+            return go_on(var, waiter)
         elseif code then
             rooms.leave(var, waiter)
             note_waited(var, waiter)

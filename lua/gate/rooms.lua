@@ -27,7 +27,7 @@ local tonumber = tonumber
 
 local UNKNOWN = "-"        -- room of requests that came before any snapshot
 local SHOWN = 32           -- tickets of a room that other workers see
-local SHOWN_FOR_S = 0.5   -- without being renewed: that long a dead worker may block the others
+local SHOWN_FOR_S = 0.5    -- without being renewed: that long a dead worker may block the others
 local SHOW_AGAIN_S = 0.05
 
 local rooms = {}   -- service name → queue, with what it shows and what was read of others
@@ -196,12 +196,6 @@ function _M.advance_all()
         eager = advance(room) or eager
     end
     return eager
-end
-
---- Whether a waiter is the first of all.
-function _M.leads(waiter)
-    local room = rooms[waiter.name]
-    return room.first == waiter and queue.among_first(room, others(room, store.workers()), 1)
 end
 
 --- Whether this worker has waiters for a service.
