@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import httpx
 import pytest
 
@@ -72,16 +70,22 @@ def test_a_stopped_service_stays_down_in_spite_of_min_until_somebody_asks(produc
 # -- disturbances --------------------------------------------------------------------------
 
 
-def three(product: ClusterProduct, *args: str, **fields: Any) -> set[str]:
-    """Three replicas on a node each; their jobs."""
+def three(product: ClusterProduct, *args: str) -> set[str]:
+    """Three replicas; their jobs."""
     bounds = {"min": 3, "max": 3, "target_in_flight": 8}
-    product.job(replicas=bounds, replay=1, sbatch_args=[ALONE, *args], **fields)
+    product.job(replicas=bounds, replay=1, sbatch_args=list(args))
     product.up()
     return until(lambda: settled(product, 3), 60)
 
 
+def renewed(product: ClusterProduct, old: set[str]) -> set[str] | None:
+    """The jobs of three replicas none of which is an old one."""
+    ready = settled(product, 3)
+    return ready if ready is not None and old.isdisjoint(ready) else None
+
+
 def test_one_of_three_is_cancelled_under_load(product: ClusterProduct):
-    jobs = three(product)
+    jobs = three(product, ALONE)
     with watching(product) as watch, flow(product, size=12) as load:
         until(lambda: len(load.served_by()) == 3)
         victim = min(jobs)
@@ -96,7 +100,7 @@ def test_one_of_three_is_cancelled_under_load(product: ClusterProduct):
 def test_the_node_of_one_of_three_is_set_down_under_load(tmp_path, own_lab):
     lab = own_lab(SlurmdTimeout=10, nodes=4)
     with serving(ClusterProduct(tmp_path, lab)) as product:
-        jobs = three(product, "--no-requeue")
+        jobs = three(product, ALONE, "--no-requeue")
         victim = product.live()[0]
         with watching(product) as watch, flow(product, size=12) as load:
             until(lambda: len(load.served_by()) == 3)
@@ -110,7 +114,7 @@ def test_the_node_of_one_of_three_is_set_down_under_load(tmp_path, own_lab):
 
 
 def test_one_of_three_is_preempted_under_load(product: ClusterProduct):
-    jobs = three(product, "--partition=low", "--requeue")
+    jobs = three(product, ALONE, "--partition=low", "--requeue")
     victim = product.live()[0]
     with watching(product) as watch, flow(product, size=12) as load:
         until(lambda: len(load.served_by()) == 3)
@@ -124,6 +128,20 @@ def test_one_of_three_is_preempted_under_load(product: ClusterProduct):
         until(lambda: len(load.served_by(last=30)) == 3)
     assert load.failures == []
     assert watch.ids == jobs
+
+
+def test_three_replicas_under_load_are_changed_over_one_at_a_time(product: ClusterProduct):
+    jobs = three(product)
+    with watching(product) as watch, flow(product, size=12) as load:
+        until(lambda: len(load.served_by()) == 3)
+        product.services[0]["sbatch_args"] = ["--comment=changed"]
+        product.write_config()
+        after = until(lambda: renewed(product, jobs), 90)
+        until(lambda: len(load.served_by(last=30)) == 3)
+    assert load.failures == []
+    assert watch.ids == jobs | after
+    assert watch.most <= 4
+    assert min(map(len, watch.looks)) >= 3
 
 
 @pytest.mark.parametrize(("path", "size"), [(SLOW, 24), ("/probe/stream?n=30&s=0.2", 6)])
