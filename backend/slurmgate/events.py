@@ -282,7 +282,8 @@ def last_words(
     found = service.replica(replica_id)
     if found is None or found.phase is not Phase.FAILED:
         return service
-    stopping = with_replica(service, replace(found, phase=Phase.STOPPING, since=now))
+    ending = replace(found, phase=Phase.STOPPING, since=now, stopping_since=now)
+    stopping = with_replica(service, ending)
     reason = found.reason or ""
     if hint is not None and hint not in reason:
         reason = f"{reason}; {hint}" if reason else hint

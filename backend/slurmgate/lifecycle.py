@@ -382,9 +382,11 @@ def apply(
         case Stop(reason=reason):
             if replica.phase is Phase.FAILED:  # its log did not come: the failure counts without
                 return last_words(service, replica.id, (), now)
-            return with_replica(
-                service, replace(replica, phase=Phase.STOPPING, since=now, reason=reason)
+            first = now if replica.stopping_since is None else replica.stopping_since
+            stopping = replace(
+                replica, phase=Phase.STOPPING, since=now, stopping_since=first, reason=reason
             )
+            return with_replica(service, stopping)
         case GiveUp(reason=reason):
             return with_replica(
                 service, replace(replica, phase=Phase.FAILED, since=now, reason=reason)

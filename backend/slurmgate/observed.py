@@ -46,7 +46,8 @@ class Replica:
     never been routable. ``acked`` and ``quiet`` are what the gate proved since it was closed:
     that no new request can reach it, and that none is left on it.
 
-    ``progress`` and ``notice`` are its launcher's words; ``hopeless`` is why it will never serve.
+    ``stopping_since`` is when it was first told to end, whatever that takes. ``progress`` and
+    ``notice`` are its launcher's words; ``hopeless`` is why it will never serve.
     ``adopted``: an earlier backend started it, and nobody has said yet how it does.
     """
 
@@ -71,6 +72,7 @@ class Replica:
     quiet: bool = False
     drain: Drain | None = None
     drain_by: float | None = None
+    stopping_since: float | None = None
     reason: str | None = None
     adopted: bool = False
     hopeless: Refusal | None = None

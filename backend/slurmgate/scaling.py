@@ -18,6 +18,7 @@ from slurmgate.starts import durations, quantile
 WAITING_LASTS = 0.25
 BREAK = 1.0
 HOUR = 3600.0
+LEAVES_WITHIN = 30.0
 LEAST_LEAD = 120.0
 LEAD_EXTRA = 60.0
 LEAD_SHARE = 0.95
@@ -213,13 +214,13 @@ def replaced_from(service: Service, old: frozenset[str], now: float) -> float:
 
 
 def guard(service: Service, now: float) -> Guard | None:
-    """Say why nothing may be started, whatever is wanted."""
+    """Say why nothing may be started, whatever is wanted, and will not be soon."""
     spec = service.spec
     if _hour_room(service, now) <= 0:
         last_hour = sorted(at for at in service.launches if now - at < HOUR)
         reason = f"started {len(last_hour)} times within the last hour (max_starts_per_hour)"
         return Guard(reason, last_hour[-spec.max_starts_per_hour] + HOUR)
-    if _queue_room(service) <= 0:
+    if _queue_room(service) <= 0 and not _soon_left(service, now):
         return Guard(f"{_queued(service)} of its jobs wait in the queue already (max_pending)")
     return None
 
@@ -237,8 +238,18 @@ def _queued(service: Service) -> int:
     """Jobs that wait, or that nobody knows to have left the queue."""
     if service.spec.launcher is not LauncherKind.SLURM:
         return 0
-    return sum(
-        r.phase in QUEUED
-        or (r.phase in ENDING_PHASES and r.running_at is None and r.never_routable)
-        for r in service.replicas
-    )
+    return sum(_in_queue(r) for r in service.replicas)
+
+
+def _in_queue(replica: Replica) -> bool:
+    if replica.phase in ENDING_PHASES:
+        return replica.running_at is None and replica.never_routable
+    return replica.phase in QUEUED
+
+
+def _soon_left(service: Service, now: float) -> bool:
+    """Is there room in a moment, as a job is just being cancelled? A cancel that takes long may
+    never do it.
+    """
+    told = (r.stopping_since for r in service.replicas if _in_queue(r))
+    return any(since is not None and now - since < LEAVES_WITHIN for since in told)

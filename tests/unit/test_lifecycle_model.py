@@ -25,7 +25,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from slurmgate import events, observed, scaling
+from slurmgate import events, observed, scaling, snapshot
 from slurmgate.fleet import Effect, FetchLastWords, Fleet, LaunchReplica, Report, StopReplica
 from slurmgate.lifecycle import start_by_admin, stop_by_admin
 from slurmgate.model import (
@@ -482,6 +482,14 @@ class Life(RuleBasedStateMachine):
         meant, old = scaling.going(service), scaling.outdated(service, self.now)
         assert len(meant) <= most + bool(old)
         assert len(service.replicas) <= most + 1
+
+    @invariant()
+    def nobody_is_refused_for_jobs_that_are_just_leaving(self) -> None:
+        service = self.service()
+        refusal = snapshot.refusal(service, self.now)
+        if refusal is not None and "max_pending" in refusal["reason"]:
+            told = [r.stopping_since for r in service.replicas if r.stopping_since is not None]
+            assert max(told, default=0.0) <= self.now - 30
 
     @invariant()
     def every_process_is_known(self) -> None:

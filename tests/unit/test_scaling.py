@@ -304,6 +304,20 @@ def test_jobs_that_are_to_leave_the_queue_count_until_they_have():
     assert "max_pending" in refusal["reason"]
 
 
+def test_a_reload_while_all_jobs_wait_in_the_queue_refuses_nobody():
+    queued = starting(id="r1", phase=Phase.PENDING, endpoint=None, running_at=None)
+    found = loaded(several(queued, fields={"max_pending": 1}), NOW, waiting=1)
+    found = events.configured(found, replace(found.spec, bash_file="other.sh"))
+    (stop,) = decide(found, NOW, NOW)
+    assert isinstance(stop, Stop)
+    leaving = lifecycle.apply(found, stop, NOW)
+    assert launches(leaving, NOW + 1) == 0
+    assert snapshot.refusal(leaving, NOW + 1) is None
+    stuck = snapshot.refusal(leaving, NOW + 60)
+    assert stuck is not None
+    assert "max_pending" in stuck["reason"]
+
+
 # nodes
 
 
