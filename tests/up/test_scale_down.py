@@ -7,7 +7,9 @@ import random
 
 import pytest
 
+from tests.slurm.traffic import Flow
 from tests.up.clients import Answer, fetch, session
+from tests.waiting import until
 
 SERVICES = 4
 BURSTS = 30
@@ -53,3 +55,31 @@ def test_requests_timed_around_scale_down_are_never_lost(product):
         assert late == [], (seed, name)
         ended = product.noted("term", name)
         assert len(ended) >= 3, "replicas were let go meanwhile"
+
+
+def test_streams_go_on_to_their_end_on_a_replica_that_is_let_go(product):
+    product.probe(timeout=1, scale_up_after=0.3, replicas={"max": 4, "target_in_flight": 4})
+    product.up()
+    body = "".join(f"{number}\n" for number in range(25))
+    streams = Flow(f"{product.url}/probe/stream?n=25&s=0.2", size=4, body=body.encode())
+
+    def states() -> list[str]:
+        return [replica["state"] for replica in product.info()["replicas"]]
+
+    def streaming() -> set[int]:
+        asked = product.noted("request")
+        return {note["pid"] for note in asked if note["path"].startswith("/stream")}
+
+    def let_go_with_a_stream() -> bool:
+        replicas = product.info()["replicas"]
+        return any(r["state"] == "draining" and r["in_flight"] > 0 for r in replicas)
+
+    with Flow(f"{product.url}/probe/slow?s=0.3", size=16) as load:
+        until(lambda: states() == ["ready"] * 4, 30)
+        with streams:
+            until(lambda: len(streaming()) >= 3)
+            load.size = 0
+            until(let_go_with_a_stream)
+            until(lambda: len(states()) == 1, 60)
+    assert load.failures == []
+    assert streams.failures == []
