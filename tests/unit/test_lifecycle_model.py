@@ -167,6 +167,7 @@ class Life(RuleBasedStateMachine):
         self.fleet = Fleet(self.epoch, lambda: next(self.ids), self.now, enabled=True)
         self.fleet.configure([self.spec])
         self.launches = []
+        self.heard: set[str] = set()
         self.todo = []
         for replica, running in list(self.alive.items()):
             if replica in self.cancelled:  # the launcher ends it and never speaks of it again
@@ -238,10 +239,13 @@ class Life(RuleBasedStateMachine):
 
     @rule()
     def backend_is_killed(self) -> None:
+        self.reports = []  # calls to it end with it
         self.boot_backend()
 
     @rule()
     def gate_is_killed(self) -> None:
+        if self.gate.boot not in self.heard:  # its first call ends with it
+            self.reports = [r for r in self.reports if r.gate != self.gate.boot]
         self.gate = Gate(next(self.gates))
 
     @precondition(lambda self: self.alive)
@@ -369,6 +373,7 @@ class Life(RuleBasedStateMachine):
         report = self.reports.pop(place)
         if lost:
             return
+        self.heard.add(report.gate)
         self.fleet.report(report, self.now)
         self.settle()
         view = self.fleet.view()
@@ -508,7 +513,9 @@ class Life(RuleBasedStateMachine):
         self.fleet.configure([self.spec])
         self.limit = None
         self.comes_to_rest_at(4)
-        self.renews_in_time(4)
+        self.renews_in_time(4, every=1)
+        self.comes_to_rest_at(1)
+        self.renews_in_time(1, every=5)
         self.comes_to_rest_at(0)
 
     def comes_to_rest_at(self, load: int) -> None:
@@ -532,8 +539,10 @@ class Life(RuleBasedStateMachine):
         rest = len(ready) == len(service.replicas) == len(self.alive) == wanted
         return rest and not self.todo
 
-    def renews_in_time(self, load: int) -> None:
-        """The time of all that serve ends: others serve before that, never fewer."""
+    def renews_in_time(self, load: int, every: int) -> None:
+        """The time of all that serve ends: others serve before that, never fewer. The load is
+        there in one of ``every`` seconds.
+        """
         lead = self.spec.renew_before
         if not lead:
             return
@@ -542,8 +551,10 @@ class Life(RuleBasedStateMachine):
         old = set(self.alive)
         for known in list(self.alive.values()):
             self.tell(replace(known, running_at=2 * self.now - end - HOUR, ends_at=end))
-        while self.now < end + CALM:
-            self.benign_second(load)
+        for second in itertools.count():
+            if self.now >= end + CALM:
+                break
+            self.benign_second(0 if second % every else load)
             ready = sum(r.phase is Phase.READY for r in self.service().replicas)
             assert ready >= serving, f"fewer serve: {self.service()}"
         assert not old & set(self.alive)
