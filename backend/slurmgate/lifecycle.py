@@ -31,6 +31,7 @@ SILENT_STOP = 5.0
 LAST_WORDS = 5.0
 LEAVING = frozenset({Phase.DRAINING, Phase.FAILED, Phase.STOPPING})
 RETURNING = frozenset({Drain.IDLE, Drain.SILENT})
+PROGRESS = (Phase.SUBMITTED, Phase.PENDING, Phase.RUNNING, Phase.STARTING, Phase.READY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,8 @@ def decide(service: Service, gate_seen: float, now: float) -> tuple[Action, ...]
     """Compare what is with what should be; ``gate_seen`` is when the gate last reported."""
     silent = now - gate_seen
     # Each of these looks at all replicas together: one such decision at a time.
-    closing = _surplus(service, now) or _replaced(service, now) or _unneeded(service, now)
+    old = scaling.outdated(service, now)
+    closing = _surplus(service, old) or _replaced(service, old, now) or _unneeded(service, old, now)
     closed = {action.replica for action in closing}
     actions: list[Action] = [*closing]
     for replica in service.replicas:
@@ -101,29 +103,43 @@ def decide(service: Service, gate_seen: float, now: float) -> tuple[Action, ...]
         if action is not None:
             actions.append(action)
     if not any(isinstance(a, Reopen) for a in actions) and _may_launch(service, silent, now):
-        actions += [Launch()] * scaling.missing(service, now)
+        actions += [Launch()] * scaling.missing(service, old, now)
     return tuple(actions)
 
 
-def _surplus(service: Service, now: float) -> list[Close | Stop]:
-    """Replicas too many, as an adoption may bring them: a drain was forgotten with the backend.
+def _surplus(service: Service, old: frozenset[str]) -> list[Close | Stop]:
+    """Replicas too many: ``max`` was lowered, or an adoption brought one whose drain was forgotten
+    with the backend.
 
-    Kept are those that have the present start parameters, of these the newest.
+    Kept are those that serve or are furthest on the way, of these the newest. As long as not all
+    is known of those that were adopted, any of them may be the only one that serves.
     """
-    old = scaling.outdated(service, now)
-    meant = [r for r in scaling.going(service) if r.id not in old]
-    meant.sort(key=lambda r: (not scaling.changed(service, r), r.created_at), reverse=True)
-    return [Close(r.id, Drain.SURPLUS) for r in meant[service.spec.replicas.max :]]
+    going = scaling.going(service)
+    if service.unlisted or any(r.adopted for r in going):
+        return []
+    most = service.spec.replicas.max
+    meant = [r for r in going if r.id not in old]
+    leaving = [r for r in going if r.id in old]
+    many = meant[:0]
+    for group, room in ((meant, most), (leaving, min(most, most + 1 - min(most, len(meant))))):
+        group.sort(key=lambda r: _worth(service, r), reverse=True)
+        many += group[room:]
+    return [Close(r.id, Drain.SURPLUS) for r in many]
 
 
-def _replaced(service: Service, now: float) -> list[Close | Stop]:
+def _worth(service: Service, replica: Replica) -> tuple[bool, int, bool, float]:
+    """How much would be lost with it."""
+    fresh = not scaling.changed(service, replica)
+    return (replica.routable, PROGRESS.index(replica.phase), fresh, replica.created_at)
+
+
+def _replaced(service: Service, old: frozenset[str], now: float) -> list[Close | Stop]:
     """Let go what others have replaced, as soon as enough of them are ready; one at a time."""
-    old = scaling.outdated(service, now)
     ready = [r for r in scaling.going(service) if r.phase is Phase.READY]
     leaving = [r for r in ready if r.id in old]
     if not leaving or len(leaving) == len(ready):
         return []
-    level = max(1, scaling.kept(service, now), scaling.wanted(service, now))
+    level = max(1, scaling.kept(service, now, now), scaling.wanted(service, now))
     if len(ready) - 1 < level:
         return []
     first = min(leaving, key=lambda r: (not scaling.changed(service, r), _ends(r)))
@@ -135,7 +151,7 @@ def _ends(replica: Replica) -> float:
     return float("inf") if replica.ends_at is None else replica.ends_at
 
 
-def _unneeded(service: Service, now: float) -> list[Close | Stop]:
+def _unneeded(service: Service, old: frozenset[str], now: float) -> list[Close | Stop]:
     """Let go one of several that the load has not needed for long; the last has a rule of its own.
 
     A job that still waits in the queue goes sooner than one that runs.
@@ -144,11 +160,10 @@ def _unneeded(service: Service, now: float) -> list[Close | Stop]:
     going = scaling.going(service)
     ready = [r for r in going if r.phase is Phase.READY]
     queued = [r for r in going if r.phase is Phase.PENDING]
-    old = scaling.outdated(service, now)
     lasting = len(going) - len(old)
     level = scaling.wanted(service, now)
     if old:
-        level = max(level, scaling.kept(service, scaling.replaced_from(service, old, now)))
+        level = max(level, scaling.kept(service, now, scaling.replaced_from(service, old, now)))
     if queued and lasting > max(1, level):
         newest = max(queued, key=lambda r: r.created_at)
         if now - max(_last_needed(service, lasting), newest.created_at) >= spec.abandon_timeout:
@@ -253,7 +268,7 @@ def _decide_ready(service: Service, replica: Replica, silent: float, now: float)
     since = service.idle_since(replica.ready_at or replica.since)
     if since is None or replica.in_flight > 0:
         return None
-    if scaling.changed(service, replica):
+    if scaling.changed(service, replica) and not _kept_warm(service, replica, now):
         return Close(replica.id, Drain.CHANGED)
     if now - since < spec.timeout or not _is_last(service):
         return None
@@ -261,6 +276,11 @@ def _decide_ready(service: Service, replica: Replica, silent: float, now: float)
     if service.leased(now) and unused:
         return None
     return Close(replica.id, Drain.IDLE, _drain_by(service, now))
+
+
+def _kept_warm(service: Service, replica: Replica, now: float) -> bool:
+    """Is another one to be ready first, though nobody uses it?"""
+    return scaling.floor(service) > 0 and replica.id in scaling.outdated(service, now)
 
 
 def _is_last(service: Service) -> bool:
@@ -472,10 +492,10 @@ def stop_by_admin(service: Service, drain_for: float, now: float) -> Service:
 
 def start_by_admin(service: Service) -> Service:
     """An operator wants it started now, whatever failed before."""
-    for replica in service.replicas:
-        coming = replica.phase in LAUNCHING or replica.phase is Phase.READY
-        if coming and replica.drain is None:
-            return replace(service, stopped=False)
+    going = scaling.going(service)
+    if going:
+        ready = any(r.phase is Phase.READY for r in going)
+        return replace(service, stopped=False, start_lease=service.start_lease or not ready)
     return replace(
         service,
         stopped=False,

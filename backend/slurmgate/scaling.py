@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 
 from slurmgate.model import LauncherKind, Phase
-from slurmgate.observed import LAUNCHING, Need, Replica, Service
+from slurmgate.observed import LAUNCHING, Drain, Need, Replica, Service
 from slurmgate.starts import durations, quantile
 
 WAITING_LASTS = 0.25
@@ -98,10 +98,10 @@ def _any_ready(service: Service) -> bool:
     return any(r.phase is Phase.READY for r in service.replicas)
 
 
-def kept(service: Service, at: float) -> int:
-    """How many are still to be there at a point in time if nothing is asked any more until then."""
+def kept(service: Service, now: float, at: float) -> int:
+    """How many are still to be there at a point in time, as far as can be said now."""
     spec = service.spec
-    count = max(floor(service), int(_in_use(service, at)))
+    count = max(floor(service), int(_in_use(service, now, at)))
     while count < min(spec.replicas.max, len(service.needs)):
         if at - service.needs[count].last >= spec.timeout:
             break
@@ -109,12 +109,14 @@ def kept(service: Service, at: float) -> int:
     return count
 
 
-def _in_use(service: Service, at: float) -> bool:
+def _in_use(service: Service, now: float, at: float) -> bool:
+    """Will it be? Whoever asked a moment ago asks again; what is idle for longer goes on so."""
     ready = [r.ready_at for r in service.replicas if r.ready_at is not None]
     if not ready or service.stopped:
         return False
     since = service.idle_since(max(ready))
-    return since is None or at - since < service.spec.timeout
+    timeout = service.spec.timeout
+    return since is None or at - since < timeout or now - since < timeout / 2
 
 
 def going(service: Service) -> list[Replica]:
@@ -141,9 +143,10 @@ def ending(service: Service, now: float) -> frozenset[str]:
     replica is replaced in the first half of its time, else short jobs would do nothing else.
     """
     limited = [r for r in going(service) if r.ends_at is not None and _has_served(r)]
-    lead, found = _lead(service), set()
+    lead = _lead(service) if limited else 0.0
     if lead <= 0:
         return frozenset()
+    found = set()
     done_by = float("inf")
     for replica in sorted(limited, key=lambda r: r.ends_at or 0.0, reverse=True):
         end = replica.ends_at or 0.0
@@ -177,29 +180,30 @@ def outdated(service: Service, now: float) -> frozenset[str]:
     """
     old = set(ending(service, now))
     if service.spec.remote_port is None or service.spec.replicas.max > 1:
-        old |= {r.id for r in going(service) if _has_served(r) and changed(service, r)}
+        present = service.spec.start_hash()
+        old |= {r.id for r in going(service) if _has_served(r) and r.start_hash != present}
     return frozenset(old)
 
 
 # -- how many to start -----------------------------------------------------------------------
 
 
-def missing(service: Service, now: float) -> int:
+def missing(service: Service, old: frozenset[str], now: float) -> int:
     """How many to start now: as many as are wanted beyond those that last, within all bounds.
+    ``old`` are those that are outdated.
 
     At most ``max`` exist, and one more while one replaces another or is about to be gone.
     """
-    old = outdated(service, now)
     meant = going(service)
     lasting = len(meant) - len(old)
     short = wanted(service, now) - lasting
-    if old and lasting < kept(service, replaced_from(service, old, now)):
+    if old and lasting < kept(service, now, replaced_from(service, old, now)):
         short = max(short, 1)
     most = service.spec.replicas.max
     room = min(most + bool(old) - len(meant), most + 1 - len(service.replicas))
     single = service.spec.remote_port is not None and most == 1
-    if single and not old and service.replicas:
-        room = 0
+    if single and not old and any(r.drain is not Drain.ENDING for r in service.replicas):
+        room = 0  # beside one whose time ends another port is taken
     return max(0, min(short, room, _queue_room(service), _hour_room(service, now)))
 
 

@@ -87,8 +87,11 @@ def _queued(replica: Replica) -> bool:
 
 
 def refusal(service: Service, now: float) -> dict[str, Any] | None:
-    """Why no start is tried for a request at present; None when one is, or is under way."""
-    if any(r.phase in LAUNCHING and r.drain is None for r in service.replicas):
+    """Why no start is tried for a request at present; None when one is, or is under way.
+
+    Nor is there one while a replica is ready, though it may not be reached for a moment.
+    """
+    if scaling.going(service):
         return None
     if not service.enabled:
         return {"code": "disabled", "reason": "service management is disabled", "log": []}

@@ -8,7 +8,7 @@ import pytest
 
 from slurmgate import events, lifecycle, nodes, scaling, snapshot
 from slurmgate.lifecycle import Close, Launch, Reopen, Stop, decide
-from slurmgate.model import End, Fault, LauncherKind, Phase, ReplicaBounds
+from slurmgate.model import End, Fault, Health, LauncherKind, Phase, ReplicaBounds
 from slurmgate.observed import (
     Demand,
     Drain,
@@ -404,3 +404,83 @@ def test_a_start_nobody_wanted_any_more_is_cancelled_not_failed():
     coming = several(starting(id="a1", phase=Phase.STOPPING, reason="no longer wanted"))
     (start,) = events.ended(coming, "a1", End("x", Fault.NOBODY), (), NOW).recent
     assert (start.outcome, start.reason) == (Outcome.CANCELLED, "no longer wanted")
+
+
+# a configuration read again, a restart in the midst of a hand-over
+
+
+def test_a_lower_max_lets_go_what_waits_in_the_queue_and_not_what_serves():
+    queued = starting(id="r3", phase=Phase.PENDING, created_at=NOW - 1, endpoint=None)
+    found = several(aged("r1", in_flight=8), aged("r2", in_flight=8), queued, high=1)
+    closed = {a.replica for a in decide(found, NOW, NOW) if isinstance(a, Close)}
+    assert len(closed) == 2
+    assert "r3" in closed
+
+
+def test_a_time_limit_that_was_raised_costs_the_successor_in_the_queue():
+    queued = starting(id="r2", phase=Phase.PENDING, endpoint=None)
+    found = several(ends("r1", 5000, in_flight=1), queued, high=1)
+    assert Close("r1", Drain.SURPLUS) not in decide(found, NOW, NOW)
+    assert Close("r2", Drain.SURPLUS) in decide(found, NOW, NOW)
+
+
+@pytest.mark.parametrize("way", [Phase.PENDING, Phase.STARTING])
+def test_a_backend_that_finds_a_hand_over_keeps_both_until_it_knows_more(way):
+    """That the time of the old one ends is known once its host was listed."""
+    old = starting(id="r1", closed_at=None, adopted=True)
+    reached = way is Phase.STARTING
+    new = starting(id="r2", phase=way, created_at=NOW - 2, adopted=reached)
+    new = replace(new, closed_at=None) if reached else replace(new, endpoint=None)
+    assert decide(several(old, new, high=1, unlisted=True, last_demand=NOW), NOW, NOW) == ()
+    serving = replace(old, phase=Phase.READY, health=Health.UP, adopted=False, ready_at=NOW)
+    assert decide(several(serving, new, high=1, unlisted=True), NOW, NOW) == ()
+    known = replace(serving, running_at=NOW - HOUR, ends_at=NOW + 60)
+    listed = several(known, new, high=1)
+    assert decide(loaded(listed, NOW, in_flight=1), NOW, NOW) == ()
+
+
+def test_changed_ones_beyond_a_lower_max_go_at_once_and_the_rest_is_replaced():
+    old = [aged(f"r{n}", in_flight=8) for n in range(3)]
+    found = several(*old, high=1)
+    changed = replace(found, spec=replace(found.spec, bash_file="other.sh"))
+    busy = loaded(changed, NOW, in_flight=24)
+    closing = decide(busy, NOW, NOW)
+    assert [type(a) for a in closing] == [Close, Close]
+    left = replace(busy, replicas=busy.replicas[:1])
+    assert launches(left) == 1
+
+
+def test_a_warm_service_has_its_successor_before_the_changed_one_goes_though_nobody_asks():
+    found = several(aged("r1"), low=1, high=1)
+    changed = replace(found, spec=replace(found.spec, bash_file="other.sh"))
+    assert decide(changed, NOW, NOW) == (Launch(),)
+    new = ready("r2", start_hash=changed.spec.start_hash())
+    both = replace(changed, replicas=(*changed.replicas, new))
+    assert decide(both, NOW, NOW) == (Close("r1", Drain.CHANGED),)
+
+
+def test_one_who_asks_now_and_then_is_in_use_though_timeout_is_shorter_than_a_start():
+    found = several(ends("r1", 119), high=1, fields={"timeout": 60.0})
+    assert launches(replace(found, demand=Demand(last_use=NOW - 20))) == 1
+    assert launches(replace(found, demand=Demand(last_use=NOW - 40))) == 0
+
+
+def test_with_a_fixed_port_one_whose_time_ends_keeps_no_other_from_being_started():
+    leaving = ends("r1", 60, phase=Phase.DRAINING, drain=Drain.ENDING, in_flight=1)
+    found = several(leaving, high=1, fields={"remote_port": 8000})
+    assert launches(loaded(found, NOW, waiting=1)) == 1
+
+
+def test_requests_wait_for_one_that_is_out_of_reach_for_a_moment_whatever_guards_say():
+    away = aged("r1", health=Health.DOWN, down_since=NOW - 1)
+    found = several(away, high=1, fields={"max_starts_per_hour": 1}, launches=(NOW - 60,))
+    assert scaling.guard(found, NOW) is not None
+    assert snapshot.refusal(found, NOW) is None
+    assert snapshot.refusal(replace(found, replicas=()), NOW) is not None
+
+
+def test_an_operators_start_holds_though_whoever_asked_first_hangs_up():
+    queued = starting(id="r1", phase=Phase.PENDING, endpoint=None)
+    found = lifecycle.start_by_admin(several(queued, high=1, last_demand=NOW - 120))
+    assert decide(found, NOW, NOW) == ()
+    assert not lifecycle.start_by_admin(several(aged("r1"))).start_lease

@@ -101,7 +101,7 @@ def service_info(service: Service, view: View, now: float, *, private: bool) -> 
         "stops_in_s": _stops_in(service, idle),
         "retry_after_s": None if state == "ready" else _rounded(snapshot.estimate(service, now)),
         "cold_start_s": cold_start_s(service.recent),
-        "replicas_wanted": max(scaling.wanted(service, now), scaling.kept(service, now)),
+        "replicas_wanted": max(scaling.wanted(service, now), scaling.kept(service, now, now)),
         "excluded_nodes": list(nodes.avoided(service, now)) if private else [],
         "replicas": [_replica(r, now, private=private) for r in service.replicas],
     }
