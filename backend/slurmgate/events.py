@@ -51,7 +51,11 @@ def adopted(service: Service, sighting: Sighting, now: float) -> Service:
         closed_at=None if reached else 0,
         adopted=reached,
     )
-    taken = replace(service, replicas=(*service.replicas, _told(fresh, sighting)))
+    launches = service.launches
+    if all(start.replica != fresh.id for start in service.recent):
+        launches = (*launches, fresh.created_at)  # it has not come to the end of its start
+    told = _told(fresh, sighting)
+    taken = replace(service, replicas=(*service.replicas, told), launches=launches)
     return taken if reached else replace(taken, last_demand=now)
 
 

@@ -332,7 +332,7 @@ class Fleet:
                 if seen is not None:
                     heard = events.replica_reported(replica, seen, stored, now)
                     changed = with_replica(changed, heard)
-            if changed is not service:
+            if changed != service:  # of hundreds most are told of without news
                 self._set(name, changed)
 
     def _gate_takes_over(self, gate: str) -> bool:

@@ -134,15 +134,15 @@ def _worth(service: Service, replica: Replica) -> tuple[bool, int, bool, float]:
 
 
 def _replaced(service: Service, old: frozenset[str], now: float) -> list[Close | Stop]:
-    """Let go what others have replaced, as soon as enough of them are ready; one at a time."""
+    """Let go what others have replaced, as soon as enough of them serve; one at a time."""
     ready = [r for r in scaling.going(service) if r.phase is Phase.READY]
     leaving = [r for r in ready if r.id in old]
     if not leaving or len(leaving) == len(ready):
         return []
     level = max(1, scaling.kept(service, now, now), scaling.wanted(service, now))
-    if len(ready) - 1 < level:
-        return []
     first = min(leaving, key=lambda r: (not scaling.changed(service, r), _ends(r)))
+    if sum(r.routable for r in ready if r is not first) < level:
+        return []
     why = Drain.CHANGED if scaling.changed(service, first) else Drain.ENDING
     return [Close(first.id, why)]
 
@@ -174,7 +174,7 @@ def _unneeded(service: Service, old: frozenset[str], now: float) -> list[Close |
     since = max(_last_needed(service, len(ready)), *(r.since for r in ready))
     if now - since < spec.timeout:
         return []
-    victim = min(ready, key=lambda r: (r.in_flight, _ends(r), -r.created_at))
+    victim = min(ready, key=lambda r: (r.routable, r.in_flight, _ends(r), -r.created_at))
     return [Close(victim.id, Drain.IDLE, _drain_by(service, now))]
 
 

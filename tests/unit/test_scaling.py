@@ -19,7 +19,7 @@ from slurmgate.observed import (
     ServiceReport,
     Start,
 )
-from tests.unit.builders import NOW, replica, service, spec, starting
+from tests.unit.builders import NOW, replica, service, sighting, spec, starting
 
 HOUR = 3600.0
 
@@ -484,3 +484,19 @@ def test_an_operators_start_holds_though_whoever_asked_first_hangs_up():
     found = lifecycle.start_by_admin(several(queued, high=1, last_demand=NOW - 120))
     assert decide(found, NOW, NOW) == ()
     assert not lifecycle.start_by_admin(several(aged("r1"))).start_lease
+
+
+def test_a_successor_that_went_silent_replaces_nobody_and_is_the_first_to_go():
+    silent = ready("r2", health=Health.DOWN, down_since=NOW - 1, reconnected_at=NOW)
+    handing = loaded(several(ends("r1", 60), silent, high=1), NOW, in_flight=1)
+    assert decide(handing, NOW, NOW) == ()
+    two = several(aged("r1"), aged("r2", **{"health": Health.DOWN, "down_since": NOW - 1}), high=2)
+    assert Close("r2", Drain.IDLE) in decide(loaded(two, NOW, in_flight=1), NOW, NOW)
+
+
+def test_a_start_under_way_counts_against_the_hour_after_a_restart_too():
+    on_the_way = sighting("r1", created_at=NOW - 60)
+    found = events.adopted(several(), on_the_way, NOW)
+    assert found.launches == (NOW - 60,)
+    ended = Start("LLM", "r1", NOW - 50, Outcome.READY, 1.0, 2.0)
+    assert events.adopted(several(recent=(ended,)), on_the_way, NOW).launches == ()
