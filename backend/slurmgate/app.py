@@ -267,8 +267,10 @@ def _listen_for_signals(wishes: queue.SimpleQueue[int]) -> None:
     def heard(number: int, _frame: FrameType | None) -> None:
         wishes.put(number)
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    for number in numbers:
         signal.signal(number, heard)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)  # ``up`` has them wait until here
 
 
 def _wait(

@@ -50,6 +50,9 @@ class ChildSpec:
     the leader, each with the seconds until the next; after the last the whole session is killed.
     ``prepare`` is called before each start, when nothing of the start before runs any more.
     ``orphaned`` is what the kernel sends when this process dies. ``reload`` is what SIGHUP becomes.
+    ``held`` are signals that wait until the program itself unblocks them: it has something to end
+    when it is stopped, so none that comes while it is only starting may end it without a word, and
+    a stop that finds it dead starts it for that.
     """
 
     name: str
@@ -59,6 +62,7 @@ class ChildSpec:
     prepare: Callable[[], None] = lambda: None
     orphaned: signal.Signals = signal.SIGTERM
     reload: signal.Signals | None = None
+    held: tuple[signal.Signals, ...] = ()
 
 
 class Child:
@@ -156,6 +160,8 @@ class Supervisor:
         """End all children, the last started first; nothing of them is left when this returns."""
         for child in self._children:
             child.wanted = False
+            if child.restart_at is not None and child.spec.held and not self.hurried:
+                self._restart(child)
             child.restart_at = None
         for child in reversed(self._children):
             if child.session is not None:
@@ -262,7 +268,7 @@ class Supervisor:
             stdin=subprocess.DEVNULL,
             stdout=2,  # standard output is for the one line that says where we serve
             start_new_session=True,
-            preexec_fn=_dies_with_us(child.spec.orphaned),
+            preexec_fn=_before_exec(child.spec),
         )
         process.returncode = 0  # only _reap waits: this object must neither poll nor complain
         child.session = Session.of(process.pid)
@@ -280,11 +286,13 @@ def _heard(number: int, frame: FrameType | None) -> None:
     """Signals are read from the wake-up pipe; a handler must exist for that."""
 
 
-def _dies_with_us(number: signal.Signals) -> Callable[[], None]:
+def _before_exec(spec: ChildSpec) -> Callable[[], None]:
     parent = os.getpid()
 
     def prepare() -> None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(number))
+        if spec.held:
+            signal.pthread_sigmask(signal.SIG_BLOCK, spec.held)
+        _LIBC.prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(spec.orphaned))
         if os.getppid() != parent:  # it died before the kernel was asked to tell
             os._exit(1)
 

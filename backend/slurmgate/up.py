@@ -193,6 +193,7 @@ def _backend(options: UpOptions, state: StateDir) -> ChildSpec:
         ready=lambda: _accepts(state.control_socket),
         stop=_BACKEND_STOP,
         reload=signal.SIGHUP,
+        held=(signal.SIGTERM, signal.SIGINT, signal.SIGHUP),
     )
 
 

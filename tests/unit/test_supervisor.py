@@ -38,6 +38,7 @@ def spec(name, body):
         stop=((Signals.SIGTERM, grace),),
         prepare=lambda: (folder / f"{name}.prepared").open("a").write("x"),
         reload=Signals.SIGHUP,
+        held=(Signals.SIGTERM,) if name.startswith("held") else (),
     )
 
 with Supervisor(changed) as supervisor:
@@ -56,6 +57,20 @@ with Supervisor(changed) as supervisor:
 """
 
 STAY = "while :; do sleep 0.01; done"
+
+# It hears the signal only after a while, and says so.
+LATE = """exec python3 -c '
+import signal, sys
+def heard(*_):
+    open("held.heard", "a").write("x\\n")
+    sys.exit()
+signal.signal(signal.SIGTERM, heard)
+open("held.ready", "w").close()
+open("held.began", "a").write("x\\n")
+signal.sigtimedwait([signal.SIGUSR1], 0.5)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+signal.pause()
+'"""
 
 
 class Driver:
@@ -280,3 +295,23 @@ def test_members_of_a_session_without_its_leader_are_known_by_their_name(tmp_pat
     assert session.members() == []
     for process in procfs.session_members(leader.pid):
         os.kill(process.pid, signal.SIGKILL)
+
+
+def test_a_stop_waits_until_the_program_can_hear_it(drive):
+    driver = drive(held=LATE)
+    assert driver.line() == "ready"
+    driver.process.terminate()
+    assert driver.line() == "stopped"
+    assert driver.word("held.heard") == ["x"]
+
+
+def test_a_program_with_something_to_end_is_started_for_it_when_a_stop_finds_it_dead(drive):
+    driver = drive(held=LATE)
+    assert driver.line() == "ready"
+    (pid, _) = json.loads((driver.folder / "running").read_text())["held"]
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: json.loads((driver.folder / "running").read_text()) == {})
+    driver.process.terminate()
+    assert driver.line() == "stopped"
+    assert driver.word("held.began") == ["x", "x"]
+    assert driver.word("held.heard") == ["x"]
