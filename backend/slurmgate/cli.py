@@ -161,7 +161,7 @@ def _add_queries(subparsers: Any) -> None:
         "logs LLM -n 50",
     )
     logs.add_argument("name", metavar="NAME")
-    logs.add_argument("-n", type=int, default=50, metavar="N", help="last lines (default 50)")
+    logs.add_argument("-n", type=_some, default=50, metavar="N", help="last lines (default 50)")
     logs.add_argument("-f", action="store_true", help="follow until Ctrl-C")
     _takes_state(logs)
     history = _command(
@@ -174,12 +174,19 @@ def _add_queries(subparsers: Any) -> None:
     history.add_argument("name", nargs="?", metavar="NAME", help="only this service's")
     history.add_argument(
         "-n",
-        type=int,
+        type=_some,
         metavar="N",
         help=f"last starts (default {history_command.SHOWN}, with --json all)",
     )
     history.add_argument("--json", action="store_true", help="a JSON array")
     _takes_state(history)
+
+
+def _some(text: str) -> int:
+    """A number of lines, 1 or more."""
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} should be a number, 1 or more")
+    return int(text)
 
 
 def _add_changes(subparsers: Any) -> None:

@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from slurmgate import events, lifecycle
+from slurmgate import events, lifecycle, scaling
 from slurmgate.errors import BackendAway, CannotStart, Disabled, SlurmgateError, StartRefused
 from slurmgate.fleet import (
     Effect,
@@ -112,10 +112,17 @@ class Control:
         return view.wire(self._clock())
 
     def start_service(self, name: str) -> None:
-        """Start a service by name or route without a request to it; Disabled if it cannot."""
+        """Start a service by name or route without a request to it.
+
+        Disabled or CannotStart if nothing may be started; the wish stands in the latter case.
+        """
         if not self.view.enabled:
             raise Disabled("service management is disabled; slurmgate enable switches it on")
         self._ask(lambda: self._fleet.change_configured(name, lifecycle.start_by_admin))
+        service = self.view.find(name)
+        guard = scaling.guard(service, self._clock())
+        if guard is not None and not scaling.going(service):
+            raise CannotStart(f"{service.spec.name} is not started yet: {guard.reason}")
 
     def stop_service(self, name: str) -> None:
         """Stop a service by name or route; requests in flight get a minute to end."""

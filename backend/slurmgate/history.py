@@ -34,6 +34,8 @@ _REASON_MAX = 500
 _WORD_MAX = 255
 _SECONDS_MAX = 1e9
 _NO_NAME = frozenset({"Cc", "Cs"})
+_CLOCKS_APART = 60.0
+_LONG_AGO = 86400.0
 _TIME_MAX = 1e11  # the year 5138: any time zone's clock can still show it
 
 
@@ -107,9 +109,8 @@ class History:
         self._wall = wall
         found = self._read()
         now = clock()
-        boot = wall() - now
         self._recent = deque(
-            (replace(start, ended=min(start.ended - boot, now)) for start in found.starts),
+            (replace(start, ended=_monotonic(start.ended, now, wall())) for start in found.starts),
             maxlen=KEPT,
         )
         self._changed = threading.Condition()
@@ -283,3 +284,11 @@ def _name(value: object) -> str:
     if not 1 <= len(name) <= _WORD_MAX or any(unicodedata.category(c) in _NO_NAME for c in name):
         raise ValueError("not a service's name")
     return name
+
+
+def _monotonic(ended: float, now: float, wall: float) -> float:
+    """Give a time of the file on this process's clock. One that is yet to come was written while
+    the machine's clock was wrong: nobody knows how long ago.
+    """
+    age = wall - ended
+    return now - (_LONG_AGO if age < -_CLOCKS_APART else max(0.0, age))

@@ -35,7 +35,12 @@ def run_history(args: argparse.Namespace) -> int:
     if args.n is not None or not args.json:
         most = SHOWN if args.n is None else args.n
         starts = starts[-most:] if most > 0 else ()
-    text = as_json(starts) if args.json else table(starts)
+    if args.json:
+        text = as_json(starts)
+    elif args.name is not None and not starts:
+        text = _nothing_of(args.name, found.starts)
+    else:
+        text = table(starts)
     sys.stdout.write(f"{text}\n")
     return 0
 
@@ -57,16 +62,15 @@ def table(starts: Sequence[Start]) -> str:
 
 
 def _of(starts: Sequence[Start], name: str | None) -> Sequence[Start]:
-    """Pick those of a service; StateError says of which ones there are some when it has none."""
-    if name is None:
-        return starts
-    picked = [start for start in starts if start.service == name]
-    if picked:
-        return picked
+    return [start for start in starts if name is None or start.service == name]
+
+
+def _nothing_of(name: str, starts: Sequence[Start]) -> str:
+    """Say of which services there are starts: the name may be mistyped."""
     names = sorted({start.service for start in starts})
     listed = ", ".join(map(history.shown, names))
     others = f"; there are starts of {listed}" if names else ", nor of any other service"
-    raise StateError(f"no start of {history.shown(name)} is on record{others}")
+    return f"no start of {history.shown(name)} is on record{others}"
 
 
 def _row(start: Start) -> tuple[str, ...]:

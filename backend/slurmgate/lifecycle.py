@@ -14,6 +14,7 @@ from slurmgate.events import last_words, start_of
 from slurmgate.model import Health, LauncherKind, Phase
 from slurmgate.observed import (
     LAUNCHING,
+    RETURNING,
     Drain,
     Failure,
     Outcome,
@@ -30,7 +31,6 @@ SILENT_GRACE = 300.0
 SILENT_STOP = 5.0
 LAST_WORDS = 5.0
 LEAVING = frozenset({Phase.DRAINING, Phase.FAILED, Phase.STOPPING})
-RETURNING = frozenset({Drain.IDLE, Drain.SILENT})
 PROGRESS = (Phase.SUBMITTED, Phase.PENDING, Phase.RUNNING, Phase.STARTING, Phase.READY)
 
 
@@ -168,14 +168,18 @@ def _unneeded(service: Service, old: frozenset[str], now: float) -> list[Close |
         newest = max(queued, key=lambda r: r.created_at)
         if now - max(_last_needed(service, lasting), newest.created_at) >= spec.abandon_timeout:
             return [Stop(newest.id, "the load that it was for has gone")]
-    shrinking = any(r.phase is Phase.DRAINING and r.drain is Drain.IDLE for r in service.replicas)
-    if shrinking or len(ready) <= max(1, level):
+    if _shrinking(service) or len(ready) <= max(1, level):
         return []
     since = max(_last_needed(service, len(ready)), *(r.since for r in ready))
     if now - since < spec.timeout:
         return []
     victim = min(ready, key=lambda r: (r.routable, r.in_flight, _ends(r), -r.created_at))
     return [Close(victim.id, Drain.IDLE, _drain_by(service, now))]
+
+
+def _shrinking(service: Service) -> bool:
+    """Is one on its way out that nobody needed? The next one waits until it is gone."""
+    return any(r.drain is Drain.IDLE for r in service.replicas)
 
 
 def _last_needed(service: Service, count: int) -> float:
@@ -286,7 +290,7 @@ def _kept_warm(service: Service, replica: Replica, now: float) -> bool:
 def _is_last(service: Service) -> bool:
     """Is it the only one that serves, and none is kept for nothing?"""
     ready = [r for r in scaling.going(service) if r.phase is Phase.READY]
-    return len(ready) == 1 and scaling.floor(service) == 0
+    return len(ready) == 1 and scaling.floor(service) == 0 and not _shrinking(service)
 
 
 def _lost(replica: Replica, after: float, now: float) -> bool:
@@ -323,9 +327,11 @@ def _decide_draining(
 
 def _take_back(service: Service, replica: Replica, silent: float, now: float) -> bool:
     """Has what closed the replica passed? Other reasons than these stand."""
-    others = len(scaling.going(service)) - len(scaling.outdated(service, now))
+    old = scaling.outdated(service, now)
+    lasting = [r for r in scaling.going(service) if r.id not in old]
+    others, serving = len(lasting), any(r.routable for r in lasting)
     match replica.drain:
-        case Drain.IDLE if others > 0:
+        case Drain.IDLE if serving:
             return scaling.wanted(service, now) > others
         case Drain.IDLE:
             since = service.idle_since(replica.ready_at or replica.since)
@@ -333,7 +339,8 @@ def _take_back(service: Service, replica: Replica, silent: float, now: float) ->
             return used or replica.in_flight > 0 or service.wanted(now)
         case Drain.UNHEALTHY:
             short = others < max(1, scaling.wanted(service, now))
-            return replica.health is Health.UP and short
+            needed = short or (not serving and service.wanted(now))
+            return replica.health is Health.UP and needed
         case Drain.SILENT:
             return silent < SILENT_STOP
         case _:

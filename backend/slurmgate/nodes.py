@@ -25,8 +25,10 @@ def struck(service: Service, node: str, now: float, *, own: bool) -> tuple[Strik
 
 
 def worked(service: Service, node: str | None) -> tuple[Strike, ...]:
-    """A replica became ready there: what failed before is forgiven."""
-    return tuple(strike for strike in service.strikes if strike.node != node)
+    """A replica became ready there: what the service failed at before is forgiven. A node that
+    fails itself mostly does so later.
+    """
+    return tuple(s for s in service.strikes if s.own or s.node != node)
 
 
 def avoided(service: Service, now: float) -> tuple[str, ...]:

@@ -31,6 +31,10 @@ class Drain(StrEnum):
     SILENT = "gate silent"
 
 
+RETURNING = frozenset({Drain.IDLE, Drain.SILENT})
+"""Drains that demand takes back."""
+
+
 @dataclass(frozen=True, slots=True)
 class Refusal:
     """What requests are told when a start has no prospect."""

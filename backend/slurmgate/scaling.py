@@ -222,7 +222,7 @@ def guard(service: Service, now: float) -> Guard | None:
     spec = service.spec
     if _hour_room(service, now) <= 0:
         last_hour = sorted(at for at in service.launches if now - at < HOUR)
-        reason = f"started {len(last_hour)} times within the last hour (max_starts_per_hour)"
+        reason = f"{len(last_hour)} starts within the last hour (max_starts_per_hour)"
         return Guard(reason, last_hour[-spec.max_starts_per_hour] + HOUR)
     if _queue_room(service) <= 0 and not _soon_left(service, now):
         return Guard(f"{_queued(service)} of its jobs wait in the queue already (max_pending)")
@@ -252,8 +252,12 @@ def _in_queue(replica: Replica) -> bool:
 
 
 def _soon_left(service: Service, now: float) -> bool:
-    """Is there room in a moment, as a job is just being cancelled? A cancel that takes long may
-    never do it.
+    """Is there room in a moment, as a job is just being cancelled, or will be as soon as its
+    submission is known? What takes long may never happen.
     """
-    told = (r.stopping_since for r in service.replicas if _in_queue(r))
+    told = (
+        r.since if r.drain is not None and r.stopping_since is None else r.stopping_since
+        for r in service.replicas
+        if _in_queue(r)
+    )
     return any(since is not None and now - since < LEAVES_WITHIN for since in told)

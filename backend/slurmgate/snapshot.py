@@ -10,7 +10,7 @@ from typing import Any
 
 from slurmgate import scaling
 from slurmgate.model import Phase
-from slurmgate.observed import LAUNCHING, Replica, Service
+from slurmgate.observed import LAUNCHING, RETURNING, Replica, Service
 from slurmgate.starts import durations, quantile
 
 ENDPOINT_PHASES = frozenset({Phase.STARTING, Phase.READY, Phase.DRAINING})
@@ -54,14 +54,21 @@ def reason(service: Service, now: float) -> str | None:
             return f"not healthy: {replica.progress or replica.health_detail}"
         if replica.phase is Phase.DRAINING and replica.drain is not None:
             return f"draining: {replica.drain.value}"
-    guard = None if service.replicas else scaling.guard(service, now)
-    if guard is not None:
-        return guard.reason
+    if len(scaling.going(service)) < max(1, scaling.wanted(service, now)):
+        guard = scaling.guard(service, now)
+        if guard is not None:
+            return guard.reason
+    if service.stopped and not service.replicas and service.spec.replicas.min:
+        return "stopped by an operator; the next request or slurmgate start brings it back"
     return service.failure.reason if service.failure is not None else service.last_end
 
 
 def estimate(service: Service, now: float) -> float:
-    """How many seconds a client that finds it cold will probably have to wait."""
+    """How many seconds a client that finds it cold will probably have to wait; of a service that
+    is ready and full nobody can say.
+    """
+    if any(r.routable for r in service.replicas):
+        return DEFAULT_ESTIMATE
     if service.failure is not None and service.backing_off(now):
         return service.failure.retry_at - now
     guard = scaling.guard(service, now)
@@ -89,9 +96,12 @@ def _queued(replica: Replica) -> bool:
 def refusal(service: Service, now: float) -> dict[str, Any] | None:
     """Why no start is tried for a request at present; None when one is, or is under way.
 
-    Nor is there one while a replica is ready, though it may not be reached for a moment.
+    Nor is there one while a replica is ready, though it may not be reached for a moment, or while
+    one is drained that demand takes back.
     """
     if scaling.going(service):
+        return None
+    if any(r.phase is Phase.DRAINING and r.drain in RETURNING for r in service.replicas):
         return None
     if not service.enabled:
         return {"code": "disabled", "reason": "service management is disabled", "log": []}

@@ -48,7 +48,7 @@ local CODES = {
     ["start-failed"] = { status = 503, title = "Service failed to start", retry = "estimate",
         default = 5, detail = "The service ended before it was ready." },
     ["cannot-start"] = { status = 503, title = "Service cannot be started", retry = "estimate",
-        default = 60, detail = "The service cannot be started as it is configured." },
+        default = 60, detail = "The service cannot be started." },
     ["disabled"] = { status = 503, title = "Service management is off", retry = "estimate",
         default = 60, detail = "Service management is off: nothing is started." },
     ["not-running"] = { status = 503, title = "Service is not running", retry = "estimate",

@@ -133,7 +133,7 @@ def test_another_affinity_is_refused_with_what_would_be_right(folder: Path, writ
         ({"renew_before": -1}, "renew_before: -1 is too small; it should be a number of seconds"),
         ({"renew_before": "auto"}, 'renew_before: "auto" is a string; it should be a number of'),
         ({"max_starts_per_hour": 0}, "max_starts_per_hour: 0 is too small; it should be a whole"),
-        ({"max_pending": 0}, "max_pending: 0 is too small; it should be a whole number, 1 or"),
+        ({"max_pending": 0}, "max_pending: 0 is too small; it should be a whole number, 1 to"),
         ({"renew_befor": 1}, 'renew_befor: unknown field; did you mean "renew_before"?'),
     ],
 )

@@ -500,3 +500,51 @@ def test_a_start_under_way_counts_against_the_hour_after_a_restart_too():
     assert found.launches == (NOW - 60,)
     ended = Start("LLM", "r1", NOW - 50, Outcome.READY, 1.0, 2.0)
     assert events.adopted(several(recent=(ended,)), on_the_way, NOW).launches == ()
+
+
+@pytest.mark.parametrize("why", [Drain.IDLE, Drain.UNHEALTHY])
+def test_one_that_can_serve_is_taken_back_while_its_successor_waits_in_the_queue(why):
+    leaving = aged("r1", phase=Phase.DRAINING, drain=why, in_flight=1)
+    queued = starting(id="r2", phase=Phase.PENDING, endpoint=None)
+    found = several(leaving, queued, high=1, last_demand=NOW)
+    assert Reopen("r1") in decide(loaded(found, NOW, waiting=1), NOW, NOW)
+    serving = several(leaving, ready("r2"), high=1)
+    assert decide(loaded(serving, NOW, waiting=1), NOW, NOW) == ()
+
+
+def test_a_node_that_fails_after_each_good_start_there_is_kept_away_from():
+    lost = End("node n1 failed", Fault.NOBODY, bad_node="n1")
+    found = several()
+    for name in ("a1", "a2"):
+        coming = replace(found, replicas=(starting(id=name, node="n1"),))
+        up = lifecycle.apply(coming, lifecycle.MarkReady(name), NOW)
+        found = events.ended(up, name, lost, (), NOW)
+    assert nodes.avoided(found, NOW) == ("n1",)
+
+
+@pytest.mark.parametrize("phase", [Phase.DRAINING, Phase.STOPPING])
+def test_the_next_one_stays_until_the_one_before_is_gone(phase):
+    leaving = aged("r3", phase=phase, drain=Drain.IDLE, closed_at=3)
+    found = loaded(several(aged("r1"), aged("r2"), leaving, needs=IDLE_FOR_LONG), NOW)
+    assert not any(isinstance(action, Close) for action in decide(found, NOW, NOW))
+    last = loaded(several(aged("r1"), leaving), NOW + 100)
+    assert not any(isinstance(action, Close) for action in decide(last, NOW + 100, NOW + 100))
+
+
+def test_what_holds_back_more_replicas_is_said_although_some_are_ready():
+    lately = tuple(NOW - 60 * n for n in range(2))
+    found = several(ready("r1"), launches=lately, fields={"max_starts_per_hour": 2})
+    assert snapshot.reason(loaded(found, NOW, in_flight=1), NOW) is None
+    busy = lasting(found, 6.0, in_flight=20)
+    assert "max_starts_per_hour" in (snapshot.reason(busy, NOW) or "")
+
+
+def test_one_that_an_operator_holds_down_says_so():
+    stopped = replace(lifecycle.stop_by_admin(several(low=1), 0.0, NOW), replicas=())
+    assert "stopped by an operator" in (snapshot.reason(stopped, NOW + 5) or "")
+
+
+def test_nobody_is_refused_while_what_could_serve_is_only_drained_for_nothing():
+    leaving = aged("r1", phase=Phase.DRAINING, drain=Drain.IDLE, closed_at=3)
+    assert snapshot.refusal(several(leaving, enabled=False), NOW) is None
+    assert snapshot.refusal(several(enabled=False), NOW) is not None

@@ -190,3 +190,31 @@ def test_without_a_backend_commands_say_how_to_start_one(tmp_path):
     done = slurmgate("status", "--state-dir", str(tmp_path / "none"))
     assert done.returncode == 1
     assert "state directory" in done.stderr
+
+
+def test_a_start_that_a_guard_holds_back_is_refused_with_the_reason(product):
+    product.probe(max_starts_per_hour=1)
+    product.up()
+    product.run("start", "probe")
+    product.until_state("ready")
+    product.run("stop", "probe")
+    until(lambda: product.replicas() == [])
+    refused = product.run("start", "probe", check=False)
+    assert refused.returncode == 1
+    assert "1 starts within the last hour (max_starts_per_hour)" in refused.stderr
+    answer = product.get("/probe/")
+    assert (answer.status_code, answer.json()["type"].rpartition("/")[2]) == (503, "cannot-start")
+    assert int(answer.headers["Retry-After"]) == 60
+    assert answer.json()["retry_after_s"] > 3000
+
+
+def test_history_shows_what_became_of_a_start(product):
+    product.probe()
+    product.up()
+    product.get("/probe/")
+    (start,) = until(lambda: json.loads(product.run("history", "--json").stdout))
+    assert (start["service"], start["outcome"]) == ("probe", "ready")
+    assert start["start_s"] > 0
+    told = product.status()["services"][0]
+    assert told["cold_start_s"]["n"] == 1
+    assert "1 start" in product.run("history", "probe").stdout
