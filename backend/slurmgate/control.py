@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from slurmgate import events, lifecycle, scaling
+from slurmgate import events, scaling, transitions
 from slurmgate.errors import BackendAway, CannotStart, Disabled, SlurmgateError, StartRefused
 from slurmgate.fleet import (
     Effect,
@@ -118,7 +118,7 @@ class Control:
         """
         if not self.view.enabled:
             raise Disabled("service management is disabled; slurmgate enable switches it on")
-        self._ask(lambda: self._fleet.change_configured(name, lifecycle.start_by_admin))
+        self._ask(lambda: self._fleet.change_configured(name, transitions.start_by_admin))
         service = self.view.find(name)
         guard = scaling.guard(service, self._clock())
         if guard is not None and not scaling.going(service):
@@ -128,7 +128,7 @@ class Control:
         """Stop a service by name or route; requests in flight get a minute to end."""
 
         def stopped(service: Service) -> Service:
-            return lifecycle.stop_by_admin(service, lifecycle.ADMIN_DRAIN, self._clock())
+            return transitions.stop_by_admin(service, transitions.ADMIN_DRAIN, self._clock())
 
         self._ask(lambda: self._fleet.change_configured(name, stopped))
 

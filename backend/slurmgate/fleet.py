@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from slurmgate import events, lifecycle, nodes, scaling, snapshot
+from slurmgate import actions, events, lifecycle, nodes, scaling, snapshot, transitions
 from slurmgate.errors import UnknownService
 from slurmgate.model import LauncherKind, ServiceSpec, Sighting
 from slurmgate.observed import (
@@ -159,10 +159,10 @@ class Fleet:
         dirty, self._dirty = self._dirty, set()
         for name in dirty & self._services.keys():
             for _ in range(MAX_STEPS):
-                actions = lifecycle.decide(self._services[name], self._gate_seen, now)
-                for action in actions:
+                decided = lifecycle.decide(self._services[name], self._gate_seen, now)
+                for action in decided:
                     self._act(name, action, now)
-                if not actions:
+                if not decided:
                     break
             changed = self._note(name, now) or changed
         if changed:
@@ -170,24 +170,24 @@ class Fleet:
         effects, self._effects = self._effects, []
         return effects
 
-    def _act(self, name: str, action: lifecycle.Action, now: float) -> None:
+    def _act(self, name: str, action: actions.Action, now: float) -> None:
         service = self._services[name]
-        if isinstance(action, lifecycle.Launch):
+        if isinstance(action, actions.Launch):
             replica = self._new_id()
-            self._services[name] = lifecycle.launching(service, replica, now)
+            self._services[name] = transitions.launching(service, replica, now)
             log.info("service %s replica %s: starting", name, replica)
             avoid = nodes.avoided(service, now)
             self._effects.append(LaunchReplica(service.spec, replica, avoid))
             return
-        self._services[name] = changed = lifecycle.apply(service, action, now)
+        self._services[name] = changed = transitions.apply(service, action, now)
         _log_action(service, action, now)
         _log_change(service, changed)
         self._starts += _new_starts(service, changed)
-        if isinstance(action, lifecycle.Stop):
+        if isinstance(action, actions.Stop):
             self._effects.append(StopReplica(service.spec, action.replica))
-        elif isinstance(action, lifecycle.GiveUp):
+        elif isinstance(action, actions.GiveUp):
             self._effects.append(FetchLastWords(service.spec, action.replica))
-        elif isinstance(action, lifecycle.Reconnect):
+        elif isinstance(action, actions.Reconnect):
             self._effects.append(ReconnectReplica(service.spec, action.replica))
 
     def _note(self, name: str, now: float) -> bool:
@@ -282,7 +282,7 @@ class Fleet:
             else:
                 changed = replace(changed, start_lease=False)
             if kill:
-                changed = lifecycle.stop_by_admin(changed, 0.0, now)
+                changed = transitions.stop_by_admin(changed, 0.0, now)
             self._set(name, changed)
 
     def seen(self, kind: LauncherKind, sighting: Sighting, folder: Path, now: float) -> None:
@@ -387,20 +387,20 @@ def _indented(lines: Iterable[str]) -> str:
     return "".join(f"\n    {line}" for line in lines)
 
 
-def _log_action(service: Service, action: lifecycle.Action, now: float) -> None:
+def _log_action(service: Service, action: actions.Action, now: float) -> None:
     name = service.spec.name
     match action:
-        case lifecycle.MarkReady(replica=r):
+        case actions.MarkReady(replica=r):
             found = service.replica(r)
             took = now - found.created_at if found is not None else 0.0
             log.info("service %s replica %s: ready, %.1f s after its start", name, r, took)
-        case lifecycle.Close(replica=r, why=why):
+        case actions.Close(replica=r, why=why):
             log.info("service %s replica %s: draining: %s", name, r, why)
-        case lifecycle.Reopen(replica=r):
+        case actions.Reopen(replica=r):
             log.info("service %s replica %s: ready again, demand came while draining", name, r)
-        case lifecycle.Stop(replica=r, reason=why) | lifecycle.GiveUp(replica=r, reason=why):
+        case actions.Stop(replica=r, reason=why) | actions.GiveUp(replica=r, reason=why):
             log.info("service %s replica %s: stopping: %s", name, r, why)
-        case lifecycle.Reconnect(replica=r):
+        case actions.Reconnect(replica=r):
             log.info("service %s replica %s: does not answer: opening its tunnel anew", name, r)
         case _:
             pass

@@ -1,4 +1,4 @@
-"""Decisions about a service's replicas: ``decide`` says what to do, ``apply`` what follows.
+"""Decisions about a service's replicas: ``decide`` says what to do, ``transitions`` what follows.
 
 Pure and level-triggered: ``decide`` looks only at the present state, so an action that was lost,
 or came too late, is simply decided again. Called by the control loop, the only writer of this
@@ -7,85 +7,14 @@ state.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
-from slurmgate import nodes, scaling
-from slurmgate.events import last_words, start_of
+from slurmgate import leaving, scaling
+from slurmgate.actions import Action, Close, GiveUp, Launch, MarkReady, Reconnect, Reopen, Stop
 from slurmgate.model import Health, LauncherKind, Phase
-from slurmgate.observed import (
-    LAUNCHING,
-    RETURNING,
-    Drain,
-    Failure,
-    Outcome,
-    Replica,
-    Service,
-    counted,
-    recorded,
-    with_replica,
-)
+from slurmgate.observed import RETURNING, Drain, Replica, Service
 
-ADMIN_DRAIN = 60.0
 STOP_AGAIN = 20.0
 SILENT_GRACE = 300.0
-SILENT_STOP = 5.0
 LAST_WORDS = 5.0
-LEAVING = frozenset({Phase.DRAINING, Phase.FAILED, Phase.STOPPING})
-PROGRESS = (Phase.SUBMITTED, Phase.PENDING, Phase.RUNNING, Phase.STARTING, Phase.READY)
-
-
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """Start one more replica."""
-
-
-@dataclass(frozen=True, slots=True)
-class MarkReady:
-    """Its first healthy answer came: let requests to it."""
-
-    replica: str
-
-
-@dataclass(frozen=True, slots=True)
-class Close:
-    """Give it no new requests and end it once none is left, at ``by`` at the latest."""
-
-    replica: str
-    why: Drain
-    by: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Reopen:
-    """Demand came before it was ended: let requests to it again."""
-
-    replica: str
-
-
-@dataclass(frozen=True, slots=True)
-class Stop:
-    """End its processes or job now."""
-
-    replica: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class GiveUp:
-    """Its start has failed: fetch the last lines of its log, then end it."""
-
-    replica: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Reconnect:
-    """It runs and answers nothing: have the way to it made anew, once each time."""
-
-    replica: str
-
-
-Action = Launch | MarkReady | Close | Reopen | Stop | GiveUp | Reconnect
 
 
 def decide(service: Service, gate_seen: float, now: float) -> tuple[Action, ...]:
@@ -93,7 +22,11 @@ def decide(service: Service, gate_seen: float, now: float) -> tuple[Action, ...]
     silent = now - gate_seen
     # Each of these looks at all replicas together: one such decision at a time.
     old = scaling.outdated(service, now)
-    closing = _surplus(service, old) or _replaced(service, old, now) or _unneeded(service, old, now)
+    closing = (
+        leaving.surplus(service, old)
+        or leaving.replaced(service, old, now)
+        or leaving.unneeded(service, old, now)
+    )
     closed = {action.replica for action in closing}
     actions: list[Action] = [*closing]
     for replica in service.replicas:
@@ -105,91 +38,6 @@ def decide(service: Service, gate_seen: float, now: float) -> tuple[Action, ...]
     if not any(isinstance(a, Reopen) for a in actions) and _may_launch(service, silent, now):
         actions += [Launch()] * scaling.missing(service, old, now)
     return tuple(actions)
-
-
-def _surplus(service: Service, old: frozenset[str]) -> list[Close | Stop]:
-    """Replicas too many: ``max`` was lowered, or an adoption brought one whose drain was forgotten
-    with the backend.
-
-    Kept are those that serve or are furthest on the way, of these the newest. As long as not all
-    is known of those that were adopted, any of them may be the only one that serves.
-    """
-    going = scaling.going(service)
-    if service.unlisted or any(r.adopted for r in going):
-        return []
-    most = service.spec.replicas.max
-    meant = [r for r in going if r.id not in old]
-    leaving = [r for r in going if r.id in old]
-    many = meant[:0]
-    for group, room in ((meant, most), (leaving, min(most, most + 1 - min(most, len(meant))))):
-        group.sort(key=lambda r: _worth(service, r), reverse=True)
-        many += group[room:]
-    return [Close(r.id, Drain.SURPLUS) for r in many]
-
-
-def _worth(service: Service, replica: Replica) -> tuple[bool, int, bool, float]:
-    """How much would be lost with it."""
-    fresh = not scaling.changed(service, replica)
-    return (replica.routable, PROGRESS.index(replica.phase), fresh, replica.created_at)
-
-
-def _replaced(service: Service, old: frozenset[str], now: float) -> list[Close | Stop]:
-    """Let go what others have replaced, as soon as enough of them serve; one at a time."""
-    ready = [r for r in scaling.going(service) if r.phase is Phase.READY]
-    leaving = [r for r in ready if r.id in old]
-    if not leaving or len(leaving) == len(ready):
-        return []
-    level = max(1, scaling.kept(service, now, now), scaling.wanted(service, now))
-    first = min(leaving, key=lambda r: (not scaling.changed(service, r), _ends(r)))
-    if sum(r.routable for r in ready if r is not first) < level:
-        return []
-    why = Drain.CHANGED if scaling.changed(service, first) else Drain.ENDING
-    return [Close(first.id, why)]
-
-
-def _ends(replica: Replica) -> float:
-    return float("inf") if replica.ends_at is None else replica.ends_at
-
-
-def _unneeded(service: Service, old: frozenset[str], now: float) -> list[Close | Stop]:
-    """Let go one of several that the load has not needed for long; the last has a rule of its own.
-
-    A job that still waits in the queue goes sooner than one that runs.
-    """
-    spec = service.spec
-    going = scaling.going(service)
-    ready = [r for r in going if r.phase is Phase.READY]
-    queued = [r for r in going if r.phase is Phase.PENDING]
-    lasting = len(going) - len(old)
-    level = scaling.wanted(service, now)
-    if old:
-        level = max(level, scaling.kept(service, now, scaling.replaced_from(service, old, now)))
-    if queued and lasting > max(1, level):
-        newest = max(queued, key=lambda r: r.created_at)
-        if now - max(_last_needed(service, lasting), newest.created_at) >= spec.abandon_timeout:
-            return [Stop(newest.id, "the load that it was for has gone")]
-    if _shrinking(service) or len(ready) <= max(1, level):
-        return []
-    since = max(_last_needed(service, len(ready)), *(r.since for r in ready))
-    if now - since < spec.timeout:
-        return []
-    victim = min(ready, key=lambda r: (r.routable, r.in_flight, _ends(r), -r.created_at))
-    return [Close(victim.id, Drain.IDLE, _drain_by(service, now))]
-
-
-def _shrinking(service: Service) -> bool:
-    """Is one on its way out that nobody needed? The next one waits until it is gone."""
-    return any(r.drain is Drain.IDLE for r in service.replicas)
-
-
-def _last_needed(service: Service, count: int) -> float:
-    """When the load last needed so many."""
-    return service.needs[count - 1].last if count <= len(service.needs) else float("-inf")
-
-
-def _drain_by(service: Service, now: float) -> float | None:
-    patience = service.spec.drain_timeout
-    return now + patience if patience else None
 
 
 def _decide_replica(service: Service, replica: Replica, silent: float, now: float) -> Action | None:
@@ -262,7 +110,7 @@ def _decide_starting(service: Service, replica: Replica, now: float) -> Action |
 def _decide_ready(service: Service, replica: Replica, silent: float, now: float) -> Action | None:
     spec = service.spec
     if service.retired:
-        return Close(replica.id, Drain.REMOVED, _drain_by(service, now))
+        return Close(replica.id, Drain.REMOVED, leaving.drain_by(service, now))
     if silent >= spec.timeout + SILENT_GRACE:
         return Close(replica.id, Drain.SILENT)
     if _lost(replica, spec.replace_after, now):
@@ -272,25 +120,14 @@ def _decide_ready(service: Service, replica: Replica, silent: float, now: float)
     since = service.idle_since(replica.ready_at or replica.since)
     if since is None or replica.in_flight > 0:
         return None
-    if scaling.changed(service, replica) and not _kept_warm(service, replica, now):
+    if scaling.changed(service, replica) and not leaving.kept_warm(service, replica, now):
         return Close(replica.id, Drain.CHANGED)
-    if now - since < spec.timeout or not _is_last(service):
+    if now - since < spec.timeout or not leaving.is_last(service):
         return None
     unused = service.demand.last_use is None or service.demand.last_use < (replica.ready_at or 0)
     if service.leased(now) and unused:
         return None
-    return Close(replica.id, Drain.IDLE, _drain_by(service, now))
-
-
-def _kept_warm(service: Service, replica: Replica, now: float) -> bool:
-    """Is another one to be ready first, though nobody uses it?"""
-    return scaling.floor(service) > 0 and replica.id in scaling.outdated(service, now)
-
-
-def _is_last(service: Service) -> bool:
-    """Is it the only one that serves, and none is kept for nothing?"""
-    ready = [r for r in scaling.going(service) if r.phase is Phase.READY]
-    return len(ready) == 1 and scaling.floor(service) == 0 and not _shrinking(service)
+    return Close(replica.id, Drain.IDLE, leaving.drain_by(service, now))
 
 
 def _lost(replica: Replica, after: float, now: float) -> bool:
@@ -313,38 +150,16 @@ def _decide_draining(
     service: Service, replica: Replica, silent: float, now: float
 ) -> Action | None:
     reason = replica.drain.value if replica.drain else "no longer wanted"
-    if not service.retired and _take_back(service, replica, silent, now):
+    if not service.retired and leaving.take_back(service, replica, silent, now):
         return Reopen(replica.id)
     if replica.quiet or replica.never_routable:
         return Stop(replica.id, reason)
     overdue = replica.drain_by is not None and now >= replica.drain_by
-    if overdue and (replica.acked or silent >= SILENT_STOP):
+    if overdue and (replica.acked or silent >= leaving.SILENT_STOP):
         return Stop(replica.id, reason)
     if silent >= service.spec.timeout + SILENT_GRACE:
         return Stop(replica.id, "the gate has not reported for too long")
     return None
-
-
-def _take_back(service: Service, replica: Replica, silent: float, now: float) -> bool:
-    """Has what closed the replica passed? Other reasons than these stand."""
-    old = scaling.outdated(service, now)
-    lasting = [r for r in scaling.going(service) if r.id not in old]
-    others, serving = len(lasting), any(r.routable for r in lasting)
-    match replica.drain:
-        case Drain.IDLE if serving:
-            return scaling.wanted(service, now) > others
-        case Drain.IDLE:
-            since = service.idle_since(replica.ready_at or replica.since)
-            used = since is None or now - since < service.spec.timeout
-            return used or replica.in_flight > 0 or service.wanted(now)
-        case Drain.UNHEALTHY:
-            short = others < max(1, scaling.wanted(service, now))
-            needed = short or (not serving and service.wanted(now))
-            return replica.health is Health.UP and needed
-        case Drain.SILENT:
-            return silent < SILENT_STOP
-        case _:
-            return False
 
 
 def _may_launch(service: Service, silent: float, now: float) -> bool:
@@ -358,157 +173,4 @@ def _may_launch(service: Service, silent: float, now: float) -> bool:
     return not any(
         r.phase is Phase.FAILED or (r.phase is Phase.DRAINING and r.drain in RETURNING)
         for r in service.replicas
-    )
-
-
-def launching(service: Service, replica_id: str, now: float) -> Service:
-    """Note a replica about to be launched, before anything is done about it."""
-    replica = Replica(
-        id=replica_id,
-        phase=Phase.SUBMITTED,
-        start_hash=service.spec.start_hash(),
-        since=now,
-        created_at=now,
-    )
-    lately = (at for at in service.launches if now - at < scaling.HOUR)
-    return replace(
-        service,
-        replicas=(*service.replicas, replica),
-        last_demand=now,
-        launches=(*lately, now),
-    )
-
-
-def apply(
-    service: Service, action: MarkReady | Close | Reopen | Stop | GiveUp | Reconnect, now: float
-) -> Service:
-    """Give the service as it is once the action was taken."""
-    replica = service.replica(action.replica)
-    if replica is None:
-        return service
-    match action:
-        case MarkReady():
-            return _ready(service, replica, now)
-        case Close(why=why, by=by):
-            closed = replace(replica, phase=Phase.DRAINING, since=now, drain=why, drain_by=by)
-            service = with_replica(service, closed)
-            if why is Drain.IDLE:
-                return replace(service, lease_void_before=now)
-            renew = _renew(why) and not scaling.going(service)
-            return replace(service, start_lease=True) if renew else service
-        case Reopen():
-            opened = replace(
-                replica,
-                phase=Phase.READY,
-                since=now,
-                ready_at=now if replica.ready_at is None else replica.ready_at,
-                drain=None,
-                drain_by=None,
-            )
-            return replace(with_replica(service, opened), start_lease=False)
-        case Stop(reason=reason):
-            if replica.phase is Phase.FAILED:  # its log did not come: the failure counts without
-                return last_words(service, replica.id, (), now)
-            first = now if replica.stopping_since is None else replica.stopping_since
-            stopping = replace(
-                replica, phase=Phase.STOPPING, since=now, stopping_since=first, reason=reason
-            )
-            return with_replica(service, stopping)
-        case GiveUp(reason=reason):
-            return with_replica(
-                service, replace(replica, phase=Phase.FAILED, since=now, reason=reason)
-            )
-        case Reconnect():
-            return with_replica(service, replace(replica, reconnected_at=now))
-
-
-def _renew(why: Drain) -> bool:
-    """A service that was warm stays warm when only its replica has to change."""
-    return why in (Drain.CHANGED, Drain.UNHEALTHY)
-
-
-def _ready(service: Service, replica: Replica, now: float) -> Service:
-    """Its first healthy answer. One that takes the place of another does not count as use."""
-    was_adopted = not replica.never_routable
-    warm = [r.ready_at for r in service.replicas if r.ready_at is not None]
-    since = now
-    if was_adopted and service.demand.last_use is not None:
-        since = service.demand.last_use
-    elif warm:
-        since = max(warm)
-    ready = replace(
-        replica,
-        phase=Phase.READY,
-        since=now,
-        ready_at=since,
-        down_since=None,
-        adopted=False,
-    )
-    if not was_adopted:
-        service = _started(service, replica, now)
-    return replace(
-        with_replica(service, ready),
-        failures=0,
-        failure=None,
-        start_lease=False,
-        last_end=None,
-        last_output=(),
-        ports_taken=0,
-    )
-
-
-def _started(service: Service, replica: Replica, now: float) -> Service:
-    took = now - replica.created_at
-    service = recorded(service, start_of(service, replica, Outcome.READY, None, now))
-    return replace(
-        counted(service, "ready"),
-        strikes=nodes.worked(service, replica.node),
-        cold_start_histogram=service.cold_start_histogram.add(took),
-    )
-
-
-def stop_by_admin(service: Service, drain_for: float, now: float) -> Service:
-    """An operator wants every replica of it ended within ``drain_for`` seconds.
-
-    Leases end, and so does the wait of whoever is held for a start: else it would begin anew. A
-    client that asks later starts it again.
-    """
-    starting = any(r.phase in LAUNCHING for r in service.replicas)
-    ready = any(r.phase is Phase.READY for r in service.replicas)
-    waiting = service.demand.waiting > 0
-    service = replace(
-        service,
-        stopped=True,
-        start_lease=False,
-        lease_void_before=now,
-        needs=(),
-        demand=replace(service.demand, waiting=0, waiting_since=None),
-    )
-    if waiting or (starting and not ready):
-        failure = Failure("start-failed", Drain.ADMIN.value, (), now, now + 1.0)
-        service = replace(service, failure=failure)
-    for replica in service.replicas:
-        if replica.phase in (Phase.STOPPING, Phase.FAILED):
-            continue
-        marked = replace(replica, drain=Drain.ADMIN, drain_by=now + drain_for)
-        if replica.phase is Phase.READY:
-            marked = replace(marked, phase=Phase.DRAINING, since=now)
-        service = with_replica(service, marked)
-    return service
-
-
-def start_by_admin(service: Service) -> Service:
-    """An operator wants it started now, whatever failed before."""
-    going = scaling.going(service)
-    if going:
-        ready = any(r.phase is Phase.READY for r in going)
-        return replace(service, stopped=False, start_lease=service.start_lease or not ready)
-    return replace(
-        service,
-        stopped=False,
-        start_lease=True,
-        failures=0,
-        failure=None,
-        crashes=0,
-        not_before=float("-inf"),
     )

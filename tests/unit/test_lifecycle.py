@@ -6,17 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from slurmgate import events, lifecycle, snapshot
-from slurmgate.lifecycle import (
-    Close,
-    GiveUp,
-    Launch,
-    MarkReady,
-    Reconnect,
-    Reopen,
-    Stop,
-    decide,
-)
+from slurmgate import events, snapshot, transitions
+from slurmgate.actions import Close, GiveUp, Launch, MarkReady, Reconnect, Reopen, Stop
+from slurmgate.lifecycle import decide
 from slurmgate.model import End, Fault, Health, LauncherKind, Phase
 from slurmgate.observed import Demand, Drain, Refusal, ReplicaReport, ServiceReport, with_replica
 from tests.unit.builders import NOW, replica, service, sighting, spec, starting
@@ -54,7 +46,7 @@ def test_a_start_that_takes_too_long_is_given_up_with_what_the_polls_saw():
 
 
 def test_after_the_last_words_the_failure_is_known_and_the_replica_ends():
-    given_up = lifecycle.apply(service(starting()), GiveUp("r1", "too slow"), NOW)
+    given_up = transitions.apply(service(starting()), GiveUp("r1", "too slow"), NOW)
     after = events.last_words(given_up, "r1", ("out of memory",), NOW)
     assert after.failure is not None
     assert after.failure.log == ("out of memory",)
@@ -147,21 +139,21 @@ def test_a_request_that_ended_unseen_before_the_drain_takes_it_back():
 
 
 def test_a_stop_by_an_operator_is_not_taken_back_and_ends_after_its_time():
-    stopped = lifecycle.stop_by_admin(service(replica()), 60.0, NOW)
+    stopped = transitions.stop_by_admin(service(replica()), 60.0, NOW)
     stopping = replace(stopped, replicas=(replace(stopped.replicas[0], closed_at=3, acked=True),))
     assert decide(stopping, NOW, NOW + 59) == ()
     assert decide(stopping, NOW, NOW + 60) == (Stop("r1", Drain.ADMIN.value),)
 
 
 def test_a_new_replica_starts_beside_one_that_an_operator_stops():
-    stopped = lifecycle.stop_by_admin(service(replica(), demand=WAITING), 60.0, NOW)
+    stopped = transitions.stop_by_admin(service(replica(), demand=WAITING), 60.0, NOW)
     assert decide(stopped, NOW, NOW) == (), "what was told before the stop is no demand after it"
     asked = events.reported(stopped, ServiceReport(requests=2, waiting=1), NOW + 1)
     assert Launch() in decide(asked, NOW, NOW + 1)
 
 
 def test_a_stop_during_a_start_tells_those_who_wait_and_does_not_begin_anew():
-    stopped = lifecycle.stop_by_admin(service(starting(), demand=WAITING), 60.0, NOW)
+    stopped = transitions.stop_by_admin(service(starting(), demand=WAITING), 60.0, NOW)
     assert decide(stopped, NOW, NOW) == (Stop("r1", "no longer wanted"),)
     ended = events.ended(stopped, "r1", DIED, (), NOW)
     refusal = snapshot.refusal(ended, NOW)
@@ -172,7 +164,7 @@ def test_a_stop_during_a_start_tells_those_who_wait_and_does_not_begin_anew():
 
 def test_with_a_fixed_port_the_old_one_must_be_gone_first():
     fixed = service(replica(), spec=spec(remote_port=8001), demand=WAITING)
-    stopped = lifecycle.stop_by_admin(fixed, 60.0, NOW)
+    stopped = transitions.stop_by_admin(fixed, 60.0, NOW)
     asked = events.reported(stopped, ServiceReport(requests=2, waiting=1), NOW + 1)
     assert Launch() not in decide(asked, NOW, NOW + 1)
 
@@ -192,7 +184,7 @@ def test_changed_parameters_of_a_fixed_port_wait_until_the_port_is_free():
     quiet = service(replica(), spec=changed)
     (action,) = decide(quiet, NOW, NOW)
     assert action == Close("r1", Drain.CHANGED)
-    closed = lifecycle.apply(quiet, action, NOW)
+    closed = transitions.apply(quiet, action, NOW)
     assert Launch() not in decide(closed, NOW, NOW)
     assert decide(replace(closed, replicas=()), NOW, NOW) == (Launch(),)
 
@@ -254,7 +246,7 @@ def test_an_adopted_replica_is_ready_with_the_first_report_and_keeps_its_idle_ti
     ready = with_replica(told, heard)
     (action,) = decide(ready, NOW, NOW)
     assert isinstance(action, MarkReady)
-    after = lifecycle.apply(ready, action, NOW)
+    after = transitions.apply(ready, action, NOW)
     assert after.idle_since(after.replicas[0].ready_at or 0) == NOW - 8
     assert after.starts == {}
 
@@ -263,14 +255,14 @@ def test_a_start_that_was_given_up_is_not_repeated_before_its_failure_is_known()
     slow = service(starting(running_at=NOW - 1800), demand=WAITING)
     (give_up,) = decide(slow, NOW, NOW)
     assert isinstance(give_up, GiveUp)
-    assert decide(lifecycle.apply(slow, give_up, NOW), NOW, NOW) == ()
+    assert decide(transitions.apply(slow, give_up, NOW), NOW, NOW) == ()
 
 
 def test_a_failure_whose_log_never_comes_counts_all_the_same():
-    given_up = lifecycle.apply(service(starting(), demand=WAITING), GiveUp("r1", "slow"), NOW)
+    given_up = transitions.apply(service(starting(), demand=WAITING), GiveUp("r1", "slow"), NOW)
     (stop,) = decide(given_up, NOW, NOW + 5)
     assert isinstance(stop, Stop)
-    after = lifecycle.apply(given_up, stop, NOW + 5)
+    after = transitions.apply(given_up, stop, NOW + 5)
     assert after.failure is not None
     assert after.replicas[0].phase is Phase.STOPPING
 
@@ -355,7 +347,7 @@ PENDING = sighting("r1", phase=Phase.PENDING, endpoint=None, running_at=None)
 
 
 def submitted(**changes):
-    return replace(lifecycle.launching(service(**changes), "r1", NOW), demand=WAITING)
+    return replace(transitions.launching(service(**changes), "r1", NOW), demand=WAITING)
 
 
 def test_a_job_goes_through_the_queue_to_its_start():
@@ -405,7 +397,7 @@ def test_a_job_that_can_never_run_is_given_up_at_once_in_slurms_words():
     hopeless = events.hopeless(waiting, "r1", Refusal("cannot-start", "BadConstraints"))
     (given_up,) = decide(hopeless, NOW, NOW)
     assert given_up == GiveUp("r1", "BadConstraints")
-    told = events.last_words(lifecycle.apply(hopeless, given_up, NOW), "r1", (), NOW)
+    told = events.last_words(transitions.apply(hopeless, given_up, NOW), "r1", (), NOW)
     refusal = snapshot.refusal(told, NOW)
     assert refusal is not None
     assert refusal["code"] == "cannot-start"
@@ -413,14 +405,14 @@ def test_a_job_that_can_never_run_is_given_up_at_once_in_slurms_words():
 
 
 def test_a_hint_of_the_launcher_is_told_with_the_reason():
-    given_up = lifecycle.apply(service(starting()), GiveUp("r1", "not healthy"), NOW)
+    given_up = transitions.apply(service(starting()), GiveUp("r1", "not healthy"), NOW)
     told = events.last_words(given_up, "r1", (), NOW, "nothing listened on n1:8000")
     assert told.failure is not None
     assert told.failure.reason == "not healthy; nothing listened on n1:8000"
 
 
 def test_a_hint_that_the_reason_says_already_is_not_told_twice():
-    given_up = lifecycle.apply(service(starting()), GiveUp("r1", "job 7 waits: Held"), NOW)
+    given_up = transitions.apply(service(starting()), GiveUp("r1", "job 7 waits: Held"), NOW)
     told = events.last_words(given_up, "r1", (), NOW, "Held")
     assert told.failure is not None
     assert told.failure.reason == "job 7 waits: Held"
@@ -445,7 +437,7 @@ def test_a_job_queued_again_that_nobody_waits_for_is_cancelled_after_a_while():
 
 
 def test_a_job_queued_again_while_it_drains_is_cancelled():
-    draining = lifecycle.apply(service(replica()), Close("r1", Drain.IDLE), NOW)
+    draining = transitions.apply(service(replica()), Close("r1", Drain.IDLE), NOW)
     queued = events.seen(draining, PENDING, NOW)
     assert decide(queued, NOW, NOW) == (Stop("r1", "no longer wanted"),)
 
@@ -484,7 +476,7 @@ def test_the_way_to_a_silent_replica_is_made_anew_once_and_never_while_it_is_in_
     on_slurm = spec(launcher=LauncherKind.SLURM)
     before = service(replace(silent, start_hash=on_slurm.start_hash()), spec=on_slurm)
     assert decide(before, NOW, NOW) == (Reconnect("r1"),)
-    assert decide(lifecycle.apply(before, Reconnect("r1"), NOW), NOW, NOW) == ()
+    assert decide(transitions.apply(before, Reconnect("r1"), NOW), NOW, NOW) == ()
     in_use = with_replica(before, replace(before.replicas[0], in_flight=1))
     assert decide(in_use, NOW, NOW) == ()
 

@@ -27,7 +27,6 @@ from hypothesis.stateful import (
 
 from slurmgate import events, observed, scaling, snapshot
 from slurmgate.fleet import Effect, FetchLastWords, Fleet, LaunchReplica, Report, StopReplica
-from slurmgate.lifecycle import start_by_admin, stop_by_admin
 from slurmgate.model import (
     End,
     Fault,
@@ -39,6 +38,7 @@ from slurmgate.model import (
     Sighting,
 )
 from slurmgate.observed import ReplicaReport, ServiceReport
+from slurmgate.transitions import start_by_admin, stop_by_admin
 
 NAME = "S"
 KIND = LauncherKind.SLURM

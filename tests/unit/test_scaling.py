@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from slurmgate import events, lifecycle, nodes, scaling, snapshot
-from slurmgate.lifecycle import Close, Launch, Reopen, Stop, decide
+from slurmgate import events, nodes, scaling, snapshot, transitions
+from slurmgate.actions import Close, Launch, MarkReady, Reopen, Stop
+from slurmgate.lifecycle import decide
 from slurmgate.model import End, Fault, Health, LauncherKind, Phase, ReplicaBounds
 from slurmgate.observed import (
     Demand,
@@ -106,16 +107,16 @@ def test_some_are_kept_warm_without_any_demand():
 
 
 def test_an_operators_stop_holds_until_somebody_asks():
-    stopped = lifecycle.stop_by_admin(several(ready("r1"), low=1), 60.0, NOW)
+    stopped = transitions.stop_by_admin(several(ready("r1"), low=1), 60.0, NOW)
     assert launches(replace(stopped, replicas=()), NOW + 5) == 0
     asked = loaded(replace(stopped, replicas=()), NOW + 5, waiting=1)
     assert launches(asked, NOW + 5) == 1
-    assert launches(lifecycle.start_by_admin(replace(stopped, replicas=()))) == 1
+    assert launches(transitions.start_by_admin(replace(stopped, replicas=()))) == 1
 
 
 def test_what_is_still_in_flight_after_a_stop_starts_nothing():
     found = lasting(several(ready("r1")), 8.0, in_flight=3)
-    stopped = lifecycle.stop_by_admin(found, 60.0, NOW)
+    stopped = transitions.stop_by_admin(found, 60.0, NOW)
     for step in range(40):
         stopped = loaded(stopped, NOW + step / 4, in_flight=3)
     assert launches(stopped, NOW + 10) == 0
@@ -135,7 +136,7 @@ def test_what_was_not_needed_for_timeout_goes_one_at_a_time():
     found = loaded(found, NOW, in_flight=2)
     (action,) = decide(found, NOW, NOW)
     assert action == Close("r2", Drain.IDLE)
-    assert decide(lifecycle.apply(found, action, NOW), NOW, NOW) == ()
+    assert decide(transitions.apply(found, action, NOW), NOW, NOW) == ()
 
 
 def test_one_that_was_needed_a_moment_ago_stays():
@@ -229,7 +230,7 @@ def test_the_old_one_drains_as_soon_as_the_new_one_is_ready():
     both = loaded(several(old, ready("r2"), high=1), NOW, in_flight=2)
     (action,) = decide(both, NOW, NOW)
     assert action == Close("r1", Drain.ENDING)
-    drained = lifecycle.apply(both, action, NOW)
+    drained = transitions.apply(both, action, NOW)
     assert launches(drained) == 0
     assert decide(loaded(drained, NOW + 1, in_flight=2), NOW + 1, NOW + 1) == ()
 
@@ -253,7 +254,7 @@ def test_of_several_that_end_together_the_first_is_replaced_so_early_that_all_ca
 def test_a_successor_does_not_count_as_use():
     old = ends("r1", 60, ready_at=NOW - 50)
     found = several(old, starting(id="r2"), high=1, demand=Demand(last_use=NOW - 5))
-    after = lifecycle.apply(found, lifecycle.MarkReady("r2"), NOW)
+    after = transitions.apply(found, MarkReady("r2"), NOW)
     successor = after.replica("r2")
     assert successor is not None
     assert successor.ready_at == NOW - 50
@@ -281,9 +282,9 @@ def test_no_more_starts_within_an_hour_than_configured():
 
 
 def test_a_start_is_counted_when_it_begins():
-    found = lifecycle.launching(several(), "r1", NOW)
+    found = transitions.launching(several(), "r1", NOW)
     assert found.launches == (NOW,)
-    assert lifecycle.launching(found, "r2", NOW + HOUR).launches == (NOW + HOUR,)
+    assert transitions.launching(found, "r2", NOW + HOUR).launches == (NOW + HOUR,)
 
 
 def test_no_more_jobs_in_the_queue_than_configured():
@@ -310,7 +311,7 @@ def test_a_reload_while_all_jobs_wait_in_the_queue_refuses_nobody():
     found = events.configured(found, replace(found.spec, bash_file="other.sh"))
     (stop,) = decide(found, NOW, NOW)
     assert isinstance(stop, Stop)
-    leaving = lifecycle.apply(found, stop, NOW)
+    leaving = transitions.apply(found, stop, NOW)
     assert launches(leaving, NOW + 1) == 0
     assert snapshot.refusal(leaving, NOW + 1) is None
     stuck = snapshot.refusal(leaving, NOW + 60)
@@ -370,7 +371,7 @@ def test_the_nodes_own_failures_count_whatever_else_fails():
 def test_one_good_start_forgives_a_node():
     found = failing(failing(several(), "a1", "n1", NOW), "a2", "n1", NOW)
     coming = replace(found, replicas=(starting(id="a3", node="n1"),))
-    after = lifecycle.apply(coming, lifecycle.MarkReady("a3"), NOW)
+    after = transitions.apply(coming, MarkReady("a3"), NOW)
     assert nodes.avoided(after, NOW) == ()
 
 
@@ -379,7 +380,7 @@ def test_one_good_start_forgives_a_node():
 
 def test_what_became_of_a_start_is_kept_once():
     coming = several(starting(id="a1", created_at=NOW - 9, running_at=NOW - 4, node="n1"))
-    after = lifecycle.apply(coming, lifecycle.MarkReady("a1"), NOW)
+    after = transitions.apply(coming, MarkReady("a1"), NOW)
     (start,) = after.recent
     assert (start.outcome, start.queue_s, start.start_s) == (Outcome.READY, 5.0, 4.0)
     assert events.ended(after, "a1", End("x"), (), NOW + 5).recent == (start,)
@@ -481,9 +482,9 @@ def test_requests_wait_for_one_that_is_out_of_reach_for_a_moment_whatever_guards
 
 def test_an_operators_start_holds_though_whoever_asked_first_hangs_up():
     queued = starting(id="r1", phase=Phase.PENDING, endpoint=None)
-    found = lifecycle.start_by_admin(several(queued, high=1, last_demand=NOW - 120))
+    found = transitions.start_by_admin(several(queued, high=1, last_demand=NOW - 120))
     assert decide(found, NOW, NOW) == ()
-    assert not lifecycle.start_by_admin(several(aged("r1"))).start_lease
+    assert not transitions.start_by_admin(several(aged("r1"))).start_lease
 
 
 def test_a_successor_that_went_silent_replaces_nobody_and_is_the_first_to_go():
@@ -517,7 +518,7 @@ def test_a_node_that_fails_after_each_good_start_there_is_kept_away_from():
     found = several()
     for name in ("a1", "a2"):
         coming = replace(found, replicas=(starting(id=name, node="n1"),))
-        up = lifecycle.apply(coming, lifecycle.MarkReady(name), NOW)
+        up = transitions.apply(coming, MarkReady(name), NOW)
         found = events.ended(up, name, lost, (), NOW)
     assert nodes.avoided(found, NOW) == ("n1",)
 
@@ -540,7 +541,7 @@ def test_what_holds_back_more_replicas_is_said_although_some_are_ready():
 
 
 def test_one_that_an_operator_holds_down_says_so():
-    stopped = replace(lifecycle.stop_by_admin(several(low=1), 0.0, NOW), replicas=())
+    stopped = replace(transitions.stop_by_admin(several(low=1), 0.0, NOW), replicas=())
     assert "stopped by an operator" in (snapshot.reason(stopped, NOW + 5) or "")
 
 
@@ -548,3 +549,11 @@ def test_nobody_is_refused_while_what_could_serve_is_only_drained_for_nothing():
     leaving = aged("r1", phase=Phase.DRAINING, drain=Drain.IDLE, closed_at=3)
     assert snapshot.refusal(several(leaving, enabled=False), NOW) is None
     assert snapshot.refusal(several(enabled=False), NOW) is not None
+
+
+def test_a_scale_down_ends_no_lease_the_last_one_does():
+    leased = Demand(wanted_at=NOW - 1, lease_until=NOW + 100)
+    one_of_two = several(aged("r1"), aged("r2"), demand=leased)
+    assert transitions.apply(one_of_two, Close("r2", Drain.IDLE), NOW).leased(NOW)
+    last = several(aged("r1"), demand=leased)
+    assert not transitions.apply(last, Close("r1", Drain.IDLE), NOW).leased(NOW)
