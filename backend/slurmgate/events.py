@@ -29,6 +29,7 @@ from slurmgate.observed import (
 MAX_BACKOFF = 60.0
 STEADY_AFTER = 60.0
 SETTLED_AFTER = 10.0
+SAME_MOMENT = 0.02
 PORTS_TRIED = 5
 LEFT = frozenset({Phase.FAILED, Phase.STOPPING})
 
@@ -224,17 +225,20 @@ def reported(service: Service, report: ServiceReport, now: float) -> Service:
     def ago(age: float | None) -> float | None:
         return None if age is None else now - age
 
-    last_use = ago(report.idle_s)
+    known = service.demand
+    last_use = _moment(known.last_use, ago(report.idle_s))
     if last_use is None:
-        last_use = service.demand.last_use
-    waiting_since = service.demand.waiting_since
+        last_use = known.last_use
+    waiting_since = known.waiting_since
     demand = Demand(
         requests=report.requests,
         waiting=report.waiting,
         in_flight=report.in_flight,
         last_use=now if report.in_flight > 0 else last_use,
-        wanted_at=ago(report.wanted_s),
-        lease_until=None if report.lease_s is None else now + report.lease_s,
+        wanted_at=_moment(known.wanted_at, ago(report.wanted_s)),
+        lease_until=_moment(
+            known.lease_until, None if report.lease_s is None else now + report.lease_s
+        ),
         waiting_since=(waiting_since or now) if report.waiting > 0 else None,
     )
     changed = replace(service, demand=demand)
@@ -243,6 +247,15 @@ def reported(service: Service, report: ServiceReport, now: float) -> Service:
         stopped = service.stopped and changed.backing_off(now)
         return replace(changed, last_demand=now, stopped=stopped)
     return changed
+
+
+def _moment(known: float | None, told: float | None) -> float | None:
+    """Give a moment that was told as an age: the known one if that is meant, so that an age that
+    only grows is no news.
+    """
+    if known is None or told is None or abs(told - known) >= SAME_MOMENT:
+        return told
+    return known
 
 
 def replica_reported(

@@ -15,7 +15,7 @@ from typing import Any
 
 from slurmgate import actions, events, lifecycle, nodes, scaling, snapshot, transitions
 from slurmgate.errors import UnknownService
-from slurmgate.model import LauncherKind, ServiceSpec, Sighting
+from slurmgate.model import LauncherKind, Phase, ServiceSpec, Sighting
 from slurmgate.observed import (
     ReplicaReport,
     Service,
@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 MAX_STEPS = 8
 REMEMBERED_ENDS = 1000
 LISTING_PATIENCE = 10.0
+LOOKED_AT = 10
+LOOK_IN = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +117,7 @@ class Fleet:
         self._enabled = enabled
         self._services: dict[str, Service] = {}
         self._dirty: set[str] = set()
+        self._turn = 0
         self._essences: dict[str, dict[str, Any]] = {}
         self._effects: list[Effect] = []
         self._starts: list[Start] = []
@@ -144,9 +147,17 @@ class Fleet:
     # -- deciding --------------------------------------------------------------------------
 
     def look_at_unsettled(self) -> int:
-        """Have the next ``settle`` look at all services in which time alone changes something."""
-        unsettled = [name for name, service in self._services.items() if _unsettled(service)]
-        self._dirty.update(unsettled)
+        """Have the next ``settle`` look at all services in which time alone changes something.
+
+        Of many that only serve, or wait for nobody, it looks at a tenth in turn. Gives how many of
+        either kind there are.
+        """
+        unsettled = [s for s in enumerate(self._services.values()) if _unsettled(s[1])]
+        few = sum(_steady(service) for _, service in unsettled) <= LOOKED_AT
+        self._turn = (self._turn + 1) % LOOK_IN
+        for place, service in unsettled:
+            if few or place % LOOK_IN == self._turn or not _steady(service):
+                self._dirty.add(service.spec.name)
         return len(unsettled)
 
     def settle(self, now: float) -> list[Effect]:
@@ -360,6 +371,17 @@ def _unsettled(service: Service) -> bool:
         or service.demand.lease_until is not None
         or scaling.floor(service)
         or len(service.launches) >= service.spec.max_starts_per_hour
+    )
+
+
+def _steady(service: Service) -> bool:
+    """Does it serve, or rest, so that a look now and then is enough?"""
+    return not (
+        service.demand.waiting
+        or service.failure is not None
+        or service.retired
+        or service.unlisted
+        or any(r.phase is not Phase.READY for r in service.replicas)
     )
 
 

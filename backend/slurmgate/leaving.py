@@ -25,6 +25,8 @@ def surplus(service: Service, old: frozenset[str]) -> list[Close | Stop]:
     if service.unlisted or any(r.adopted for r in going):
         return []
     most = service.spec.replicas.max
+    if len(going) <= most:
+        return []
     meant = [r for r in going if r.id not in old]
     leaving = [r for r in going if r.id in old]
     many = meant[:0]

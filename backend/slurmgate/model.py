@@ -108,21 +108,30 @@ class ServiceSpec:
     replay: int = 1
     read_timeout: float = 600.0
 
+    _start_hash: str = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_start_hash", _digest(self))
+
     def start_hash(self) -> str:
         """Digest of the parameters a running replica cannot take over: a change means a new one."""
-        parts = (
-            self.launcher,
-            self.bash_file,
-            str(self.folder) if self.launcher is LauncherKind.PROCESS else None,
-            self.remote_port,
-            self.port_range,
-            sorted(self.env),
-            None if self.ssh is None else [str(v) for v in dataclasses.astuple(self.ssh)],
-            self.remote_setup,
-            self.tunnel,
-            self.sbatch_args,
-        )
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]
+        return self._start_hash
+
+
+def _digest(spec: ServiceSpec) -> str:
+    parts = (
+        spec.launcher,
+        spec.bash_file,
+        str(spec.folder) if spec.launcher is LauncherKind.PROCESS else None,
+        spec.remote_port,
+        spec.port_range,
+        sorted(spec.env),
+        None if spec.ssh is None else [str(v) for v in dataclasses.astuple(spec.ssh)],
+        spec.remote_setup,
+        spec.tunnel,
+        spec.sbatch_args,
+    )
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]
 
 
 @dataclass(frozen=True, slots=True)
