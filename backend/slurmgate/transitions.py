@@ -141,7 +141,6 @@ def stop_by_admin(service: Service, drain_for: float, now: float) -> Service:
     """
     starting = any(r.phase in LAUNCHING for r in service.replicas)
     ready = any(r.phase is Phase.READY for r in service.replicas)
-    waiting = service.demand.waiting > 0
     service = replace(
         service,
         stopped=True,
@@ -150,7 +149,7 @@ def stop_by_admin(service: Service, drain_for: float, now: float) -> Service:
         needs=(),
         demand=replace(service.demand, waiting=0, waiting_since=None),
     )
-    if waiting or (starting and not ready):
+    if starting and not ready:
         failure = Failure("start-failed", Drain.ADMIN.value, (), now, now + 1.0)
         service = replace(service, failure=failure)
     for replica in service.replicas:

@@ -124,7 +124,7 @@ def test_a_preempted_job_is_queued_again_and_found_on_its_next_node(product: Clu
 
 @pytest.mark.timeout(240)
 def test_the_time_limit_is_reached(own_product: ClusterProduct):
-    own_product.job(sbatch_args=["--time=1"], timeout=3600)
+    own_product.job(sbatch_args=["--time=1"], timeout=3600, renew_before=0)
     own_product.up()
     pid = answered(own_product)
     (job,) = own_product.live()

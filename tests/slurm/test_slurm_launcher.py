@@ -239,7 +239,8 @@ def test_a_job_cancelled_from_outside_is_nobodys_fault(lab, boot):
     backend.ears.until_phase("r1", Phase.STARTING)
     lab.run("scancel", str(sighting.job_id))
     end = backend.ears.until_end("r1", 40)
-    assert end == End(f"job {sighting.job_id} was cancelled", Fault.NOBODY)
+    assert end.reason == f"job {sighting.job_id} was cancelled"
+    assert (end.fault, end.bad_node) == (Fault.NOBODY, None)
 
 
 def test_a_requeued_job_gets_a_new_place(lab, boot):
