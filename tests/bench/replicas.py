@@ -81,7 +81,8 @@ def _load(product: Product, name: str, connections: int, seconds: int) -> Round:
     return Round(
         rate=sum(rate(one, begin, end) for one in done),
         in_flight=[mean_in_flight(one, begin, end) for one in done],
-        most=max(most_in_flight(one) for one in done),
+        # What begins later comes from clients that wrk has hung up.
+        most=max(most_in_flight(work for work in one if work.begun < end) for one in done),
         busy=busy,
     )
 
