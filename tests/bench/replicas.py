@@ -13,7 +13,7 @@ import contextlib
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from tests.bench.figures import Figure, Outcome, middle, paired, span
 from tests.bench.machine import machine_busy_seconds
 from tests.bench.slow import (
     TAKE_S,
+    Work,
     mean_in_flight,
     most_in_flight,
     notes,
@@ -70,6 +71,11 @@ class Turn:
     half: Round
 
 
+def _within(done: Iterable[Work], began: float, end: float) -> list[Work]:
+    """Leave out what wrk's clients of this round and the one before left when they hung up."""
+    return [work for work in done if began <= work.begun < end]
+
+
 def _load(product: Product, name: str, connections: int, seconds: int) -> Round:
     cores = os.sched_getaffinity(0)
     began, busy = time.monotonic(), machine_busy_seconds()
@@ -81,8 +87,7 @@ def _load(product: Product, name: str, connections: int, seconds: int) -> Round:
     return Round(
         rate=sum(rate(one, begin, end) for one in done),
         in_flight=[mean_in_flight(one, begin, end) for one in done],
-        # What begins later comes from clients that wrk has hung up.
-        most=max(most_in_flight(work for work in one if work.begun < end) for one in done),
+        most=max(most_in_flight(_within(one, began, end)) for one in done),
         busy=busy,
     )
 
