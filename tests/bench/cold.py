@@ -12,8 +12,9 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from slurmgate.starts import quantile
 from tests.bench.client import ask, stop
-from tests.bench.figures import Figure, Outcome, middle, quantile, quartiles, span
+from tests.bench.figures import Figure, Outcome, middle, quartiles, span
 from tests.up.product import Product, free_port, running
 
 SERVICE = Path(__file__).with_name("service.py")

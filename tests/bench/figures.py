@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from slurmgate.starts import quantile
+
 HEADINGS = ("what", "measured", "must reach", "spread", "rounds", "")
 
 
@@ -72,12 +74,6 @@ class Outcome:
     figures: list[Figure]
     notes: list[str]
     raw: dict[str, object]
-
-
-def quantile(values: Sequence[float], share: float) -> float:
-    """Give the smallest value that at least ``share`` of all values do not exceed."""
-    ordered = sorted(values)
-    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
 def quartiles(values: Sequence[float], digits: int = 2, unit: str = "") -> str:

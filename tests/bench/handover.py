@@ -13,8 +13,9 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
+from slurmgate.starts import quantile
 from tests.bench.client import service_info
-from tests.bench.figures import Figure, Outcome, middle, paired, quantile, span
+from tests.bench.figures import Figure, Outcome, middle, paired, span
 from tests.bench.slow import TAKE_S, slow_command, slow_fields, until_ready
 from tests.bench.slurm_lab import cluster_service, gate_before, watched_lab
 from tests.bench.steady import Asked, Steady

@@ -17,7 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.bench.figures import Figure, Outcome, middle, quantile, span
+from slurmgate.starts import quantile
+from tests.bench.figures import Figure, Outcome, middle, span
 from tests.bench.slow import ready, slow_service, until_ready
 from tests.bench.steady import Asked, Steady
 from tests.up.product import Product, running
