@@ -70,9 +70,7 @@ def unneeded(service: Service, old: frozenset[str], now: float) -> list[Close | 
     ready = [r for r in going if r.phase is Phase.READY]
     queued = [r for r in going if r.phase is Phase.PENDING]
     lasting = len(going) - len(old)
-    level = scaling.wanted(service, now)
-    if old:
-        level = max(level, scaling.kept(service, now, scaling.replaced_from(service, old, now)))
+    level = max(scaling.wanted(service, now), scaling.kept_without(service, old, now))
     if queued and lasting > max(1, level):
         newest = max(queued, key=lambda r: r.created_at)
         if now - max(_last_needed(service, lasting), newest.created_at) >= spec.abandon_timeout:

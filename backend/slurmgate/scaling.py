@@ -197,7 +197,7 @@ def missing(service: Service, old: frozenset[str], now: float) -> int:
     meant = going(service)
     lasting = len(meant) - len(old)
     short = wanted(service, now) - lasting
-    if old and lasting < kept(service, now, replaced_from(service, old, now)):
+    if lasting < kept_without(service, old, now):
         short = max(short, 1)
     most = service.spec.replicas.max
     room = min(most + bool(old) - len(meant), most + 1 - len(service.replicas))
@@ -207,7 +207,12 @@ def missing(service: Service, old: frozenset[str], now: float) -> int:
     return max(0, min(short, room, _queue_room(service), _hour_room(service, now)))
 
 
-def replaced_from(service: Service, old: frozenset[str], now: float) -> float:
+def kept_without(service: Service, old: frozenset[str], now: float) -> int:
+    """How many are still to be there once the first outdated one is gone; 0 if none is outdated."""
+    return kept(service, now, _replaced_from(service, old, now)) if old else 0
+
+
+def _replaced_from(service: Service, old: frozenset[str], now: float) -> float:
     """The moment from which on the first of them is gone: now, if it could be at any time."""
     ends = [
         now if changed(service, r) or r.ends_at is None else r.ends_at
