@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -117,24 +118,19 @@ class Watch:
 @contextmanager
 def watching(product: ClusterProduct, name: str = "probe") -> Iterator[Watch]:
     """Look at the jobs of a service until the block ends. The product must be up."""
-    watch, ended, failed = Watch(), threading.Event(), list[BaseException]()
+    watch, ended = Watch(), threading.Event()
 
     def look() -> None:
-        try:
-            while not ended.wait(LOOK_S):
-                watch.looks.append(product.live(name))
-        except BaseException as error:  # noqa: BLE001 - raised in the test's own thread
-            failed.append(error)
+        while not ended.wait(LOOK_S):
+            watch.looks.append(product.live(name))
 
-    thread = threading.Thread(target=look, daemon=True)
-    thread.start()
-    try:
-        yield watch
-    finally:
-        ended.set()
-        thread.join()
-    for error in failed:
-        raise error
+    with ThreadPoolExecutor(1) as thread:
+        looking = thread.submit(look)
+        try:
+            yield watch
+        finally:
+            ended.set()
+        looking.result()
 
 
 def job_ids(product: ClusterProduct, name: str = "probe", state: str = "ready") -> set[str]:
