@@ -110,6 +110,7 @@ def _told(replica: Replica, sighting: Sighting) -> Replica:
         notice=sighting.notice,
         starts_at=sighting.starts_at,
         ends_at=sighting.ends_at,
+        api_key=sighting.api_key,
     )
 
 

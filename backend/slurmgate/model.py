@@ -69,6 +69,8 @@ class ServiceSpec:
     ``remote_port`` is None for ``auto``. ``folder`` is the directory of the configuration file;
     the process launcher resolves ``bash_file`` against it and runs the service there. ``affinity``
     is the name of a header. ``renew_before`` is None when recent starts decide, 0 for never.
+    ``models`` are the names under ``/v1``, ``upstream_model`` what the service itself calls it.
+    ``cors`` lists origins, None for the gate's.
     """
 
     name: str
@@ -93,6 +95,13 @@ class ServiceSpec:
     replicas: ReplicaBounds = field(default_factory=ReplicaBounds)
     scale_up_after: float = 5.0
     affinity: str | None = None
+    prefix_affinity: bool = False
+    upstream_model: str | None = None
+    upstream_key: bool = False
+    public: bool = False
+    heartbeat: float = 15.0
+    max_idle_connection: float = 0.0
+    cors: tuple[str, ...] | None = None
     renew_before: float | None = None
     max_starts_per_hour: int = 30
     max_pending: int = 3
@@ -119,7 +128,7 @@ class ServiceSpec:
 
 
 def _digest(spec: ServiceSpec) -> str:
-    parts = (
+    parts: tuple[object, ...] = (
         spec.launcher,
         spec.bash_file,
         str(spec.folder) if spec.launcher is LauncherKind.PROCESS else None,
@@ -131,6 +140,8 @@ def _digest(spec: ServiceSpec) -> str:
         spec.tunnel,
         spec.sbatch_args,
     )
+    if spec.upstream_key:  # without one the digest is what it was before there were such keys
+        parts += ("upstream_key",)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]
 
 
@@ -153,6 +164,8 @@ class GateSpec:
     max_held_bytes: int = 10 << 30
     tls: TlsSpec | None = None
     open: bool = False
+    trusted_proxies: tuple[str, ...] = ()
+    cors: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +178,7 @@ class Config:
     instance: str | None = None
     watch: bool = True
     admin_token_file: Path | None = None
+    keys_file: Path | None = None
     warnings: tuple[str, ...] = ()
 
 
@@ -237,7 +251,8 @@ class Sighting:
     ``phase`` is SUBMITTED (nobody knows whether the job exists), PENDING, RUNNING (it runs and
     cannot be reached yet) or STARTING (``endpoint`` is known). ``gen`` counts the places it has
     been at. ``reason`` says why it is no further, ``notice`` what else people should know.
-    ``starts_at`` is the scheduler's estimate, ``ends_at`` the end by its time limit.
+    ``starts_at`` is the scheduler's estimate, ``ends_at`` the end by its time limit. ``api_key`` is
+    what the gate has to show the replica.
     """
 
     replica: str
@@ -255,6 +270,7 @@ class Sighting:
     running_at: float | None = None
     starts_at: float | None = None
     ends_at: float | None = None
+    api_key: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

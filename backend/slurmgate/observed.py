@@ -52,7 +52,8 @@ class Replica:
 
     ``stopping_since`` is when it was first told to end, whatever that takes. ``progress`` and
     ``notice`` are its launcher's words; ``hopeless`` is why it will never serve.
-    ``adopted``: an earlier backend started it, and nobody has said yet how it does.
+    ``adopted``: an earlier backend started it, and nobody has said yet how it does. ``api_key`` is
+    what the gate has to show it.
     """
 
     id: str
@@ -85,6 +86,7 @@ class Replica:
     notice: str | None = None
     starts_at: float | None = None
     ends_at: float | None = None
+    api_key: str | None = field(default=None, repr=False)
 
     @property
     def routable(self) -> bool:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from slurmgate import scaling
@@ -17,6 +18,9 @@ ENDPOINT_PHASES = frozenset({Phase.STARTING, Phase.READY, Phase.DRAINING})
 DEFAULT_ESTIMATE = 10.0
 DISABLED_RETRY = 60.0
 ESTIMATE_STEP = 30.0
+_NEAREST_FIRST = (Phase.STARTING, Phase.RUNNING, Phase.PENDING, Phase.SUBMITTED)
+# Slurm's reason for a pending job; what follows in brackets or behind a comma is about nodes.
+_ONE_WORD = re.compile(r"([A-Za-z_]{1,40})\b")
 _LAUNCH_WORDS = {
     Phase.SUBMITTED: "being submitted",
     Phase.PENDING: "queued",
@@ -61,6 +65,19 @@ def reason(service: Service, now: float) -> str | None:
     if service.stopped and not service.replicas and service.spec.replicas.min:
         return "stopped by an operator; the next request or slurmgate start brings it back"
     return service.failure.reason if service.failure is not None else service.last_end
+
+
+def progress(service: Service) -> dict[str, Any] | None:
+    """How far the start is that requests wait for: a state, and a reason where one word says it.
+
+    Anybody may read it: no word of it names a node or a job.
+    """
+    for phase in _NEAREST_FIRST:
+        for replica in service.replicas:
+            if replica.phase is phase:
+                word = _ONE_WORD.match(replica.progress or "") if phase is Phase.PENDING else None
+                return {"state": phase.value, "reason": word and word[1]}
+    return None
 
 
 def estimate(service: Service, now: float) -> float:
@@ -125,14 +142,21 @@ def essence(service: Service, now: float) -> dict[str, Any]:
         "api_paths": list(spec.api_paths),
         "no_wake": list(spec.no_wake),
         "models": list(spec.models),
+        "upstream_model": spec.upstream_model,
+        "public": spec.public,
+        "heartbeat": spec.heartbeat,
+        "max_idle_connection": spec.max_idle_connection,
+        "cors": None if spec.cors is None else list(spec.cors),
         "state": state(service, now),
         "reason": reason(service, now),
+        "progress": progress(service),
         "refusal": refusal(service, now),
         "starts_at": _start_expected(service),
         "hold_timeout": spec.hold_timeout,
         "max_waiting": spec.max_waiting,
         "max_in_flight": spec.replicas.max_in_flight,
         "affinity": spec.affinity,
+        "prefix_affinity": spec.prefix_affinity,
         "replay": spec.replay,
         "read_timeout": spec.read_timeout,
         "health": {
@@ -159,6 +183,7 @@ def _replica(replica: Replica) -> dict[str, Any]:
         "routable": replica.routable,
         "job_id": replica.job_id,
         "node": replica.node,
+        "key": replica.api_key,
     }
 
 

@@ -61,6 +61,7 @@ local function compile_replica(entry, known, service, at)
         end
     end
     replica.phase = entry.phase
+    replica.key = value(entry.key) -- it wants to be shown this
     replica.usable = entry.routable == true and endpoint ~= nil
     replica.service = service
     replica.capacity = service.max_in_flight
@@ -101,6 +102,12 @@ local function compile_service(entry, known, at, before)
         read_timeout = entry.read_timeout, health = entry.health,
         max_in_flight = value(entry.max_in_flight) or 0, -- per replica; 0: no bound
         affinity = header_variable(value(entry.affinity)),
+        prefix_affinity = entry.prefix_affinity == true,
+        models = value(entry.models) or {}, upstream_model = value(entry.upstream_model),
+        public = entry.public == true,
+        heartbeat = value(entry.heartbeat) or 0, progress = value(entry.progress),
+        max_idle_connection = value(entry.max_idle_connection) or 0,
+        cors = value(entry.cors), -- nil: the gate's
         use_key = store.tag() .. ":u:" .. entry.name, requests_key = "requests:" .. entry.name,
         busy_key = "busy:" .. entry.name,
         replicas = {}, routable = {},
