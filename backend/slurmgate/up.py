@@ -131,7 +131,9 @@ def _default_of(user: privileges.User) -> Path:
 def _with_listen(config: Config, listen: str | None) -> Config:
     if listen is None:
         return config
-    problem = configuration.listen_problem(listen, is_open=config.gate.open)
+    problem = configuration.listen_problem(
+        listen, is_open=config.gate.open or config.keys_file is not None
+    )
     if problem is not None:
         raise ConfigError([f"--listen {listen}: {problem}"])
     return dataclasses.replace(config, gate=dataclasses.replace(config.gate, listen=listen))

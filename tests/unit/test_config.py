@@ -329,6 +329,7 @@ def test_every_problem_is_told_at_once_in_the_order_of_the_file(folder: Path):
         (service(env={"A B": "x"}), 'Services[0].env["A B"]: is not a possible name; it should'),
         (service(env={"A": 1}), "Services[0].env.A: 1 is a number; it should be a string withou"),
         (service(env={"SLURMGATE_PORT": "1"}), "Services[0].env.SLURMGATE_PORT: is set by the g"),
+        (service(env={"SLURMGATE_API_KEY": ""}), "Services[0].env.SLURMGATE_API_KEY: is set by"),
         (slurm(remote_host="-oProxyCommand=x"), 'Services[0].remote_host: "-oProxyCommand=x" is'),
         (gate(max_body="1TB"), 'gate.max_body: "1TB" is not right; it should be a number of byt'),
         (gate(max_body=0), "gate.max_body: 0 is not right; it should be a number of bytes"),
@@ -355,6 +356,10 @@ def test_a_problem_says_where_what_and_what_would_be_right(
         (service(health={"intervall": 1}), "Services[0].health.intervall: unknown field; did you"),
         (service(health={"zzz": 1}), "Services[0].health.zzz: unknown field; known are interval"),
         (gate(port=80), "gate.port: unknown field"),
+        (gate(keys_file="k"), "gate.keys_file: unknown field here; it belongs to the top level"),
+        (gate(models=[]), "gate.models: unknown field here; it belongs to a service"),
+        (service(listen="a"), 'Services[0].listen: unknown field here; it belongs to "gate"'),
+        (service() | {"cors": []}, 'cors: unknown field here; it belongs to a service or "gate"'),
         (service() | {"service": []}, 'service: unknown field; did you mean "Services"?'),
         (service() | {"a b": 1}, '["a b"]: unknown field'),
     ],
@@ -423,22 +428,6 @@ def test_the_same_fixed_port_on_different_hosts_is_no_conflict(folder: Path):
 def test_words_of_the_gate_are_no_routes(folder: Path, route: str):
     [problem] = problems(service(route_name=route), folder)
     assert problem.startswith(f'Services[0].route_name: "{route}" is a word the gate uses itself')
-
-
-@pytest.mark.parametrize(
-    ("document", "path"),
-    [
-        (service(models=["m"]), "Services[0].models"),
-        (gate(keys_file="keys"), "gate.keys_file"),
-        (gate(keys_file="keys", listen="0.0.0.0:80"), "gate.keys_file"),
-    ],
-)
-def test_a_feature_that_is_not_there_yet_is_refused_not_ignored(
-    folder: Path, document: object, path: str
-):
-    [problem] = problems(document, folder)
-    assert problem.startswith(f"{path}: ")
-    assert "not in this version" in problem
 
 
 @pytest.mark.parametrize(

@@ -85,12 +85,15 @@ def test_bounds_that_are_not_written_keep_their_default_beside_those_that_are(fo
         ("header:X-Session", "X-Session"),
         ("header:x-session", "x-session"),
         ("header:none", "none"),
+        ("header:prefix", "prefix"),
+        ("prefix", None),
         ("header:header", "header"),
         ("header:a!#$%&'*+.^_`|~9", "a!#$%&'*+.^_`|~9"),
     ],
 )
-def test_affinity_is_none_or_a_header(folder: Path, written: str, header: str | None):
-    assert only_service(slurm(affinity=written), folder).affinity == header
+def test_affinity_is_none_or_a_header_or_the_prefix(folder: Path, written: str, header: str | None):
+    spec = only_service(slurm(affinity=written), folder)
+    assert (spec.affinity, spec.prefix_affinity) == (header, written == "prefix")
 
 
 @pytest.mark.parametrize(
@@ -108,6 +111,8 @@ def test_affinity_is_none_or_a_header(folder: Path, written: str, header: str | 
         "header:(X)",
         'header:"X"',
         "cookie:session",
+        "prefix:",
+        "prefix:256",
         "none\n",
         "header:" + "x" * 100,
         None,
@@ -118,7 +123,10 @@ def test_affinity_is_none_or_a_header(folder: Path, written: str, header: str | 
 def test_another_affinity_is_refused_with_what_would_be_right(folder: Path, written: object):
     [problem] = problems(slurm(affinity=written), folder)
     assert problem.startswith("Services[0].affinity: ")
-    assert '"none" or "header:" with the name of a header, such as "header:X-Session"' in problem
+    assert (
+        '"none", "prefix" or "header:" with the name of a header, such as "header:X-Session"'
+        in problem
+    )
 
 
 @pytest.mark.parametrize(
@@ -187,6 +195,7 @@ def test_what_only_says_how_many_replicas_replaces_none_of_them(folder: Path, la
         ),
         (slurm(replicas={"min": 1}, scale_up_after=9), 'scale_up_after: has no effect while "max"'),
         (slurm(affinity="header:X"), 'affinity: has no effect while "max" is 1'),
+        (slurm(affinity="prefix"), 'affinity: has no effect while "max" is 1'),
         (
             slurm(replicas={"min": 3, "max": 3, "target_in_flight": 2}),
             'replicas.target_in_flight: has no effect while "min" and "max" are both 3',

@@ -23,6 +23,7 @@ def parse_listen(listen: str) -> tuple[str, int] | None:
 def listen_problem(listen: str, *, is_open: bool) -> str | None:
     """Say why the gate must not listen there; None when it may.
 
+    ``is_open``: on purpose, or because clients have to show a key.
     Also for ``slurmgate up --listen``, which must not open what the file keeps closed.
     """
     parsed = parse_listen(listen)
@@ -32,7 +33,8 @@ def listen_problem(listen: str, *, is_open: bool) -> str | None:
         return None
     return (
         "is not a loopback address, so anybody who reaches it could start jobs; "
-        'set "open": true in "gate" if that is wanted'
+        'a "keys_file" beside "Services" lets in only who has a key; set "open": true in "gate" '
+        "if everybody should"
     )
 
 

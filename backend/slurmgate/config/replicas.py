@@ -68,7 +68,7 @@ def _without_effect(entry: Entry, least: int, most: int) -> Iterator[tuple[JsonP
         yield ("replicas", "target_in_flight"), f"has no effect while {same}"
     if "scale_up_after" in entry:
         yield ("scale_up_after",), f"has no effect while {same}"
-    if most == 1 and header_of(entry.get("affinity", "none")) is not None:
+    if most == 1 and entry.get("affinity", "none") != "none":
         yield ("affinity",), f"has no effect while {same}"
 
 

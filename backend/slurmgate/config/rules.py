@@ -1,4 +1,4 @@
-"""What the schema cannot say: rules between fields, features not there yet, and warnings.
+"""What the schema cannot say: rules between fields, and warnings.
 
 The rules see only parts of the document that the schema found right. Fields may be missing, and a
 service or an element of a list that was wrong is None.
@@ -6,7 +6,6 @@ service or an element of a list that was wrong is None.
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import os
 import re
@@ -15,6 +14,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from slurmgate.config.clients import (
+    check_client_fields,
+    check_keys_file,
+    check_networks,
+    check_origins,
+)
 from slurmgate.config.cluster import ONLY_SSH, check_cluster
 from slurmgate.config.listen import listen_problem
 from slurmgate.config.replicas import check_fixed_ports, check_replicas
@@ -37,7 +42,12 @@ _ROUTES_OF_THE_GATE = frozenset(
     }
 )
 _ROUTE_PREFIXES_OF_THE_GATE = ("check_", "demand_")
-_ENV_OF_THE_GATE = ("SLURMGATE_PORT", "SLURMGATE_SERVICE", "SLURMGATE_REPLICA")
+_ENV_OF_THE_GATE = (
+    "SLURMGATE_PORT",
+    "SLURMGATE_SERVICE",
+    "SLURMGATE_REPLICA",
+    "SLURMGATE_API_KEY",
+)
 _SENT_AS_IT_IS = "/%!$&'()*+,;=:@~"
 # Not an escape; a dot; a slash, a backslash or a control character.
 _NEVER_SENT = re.compile(r"%(?![0-9A-Fa-f]{2})|%(?:2[EeFf]|5[Cc]|7[Ff]|[01][0-9A-Fa-f])")
@@ -68,7 +78,9 @@ def apply_rules(document: Entry, folder: Path, report: Report) -> None:
         if key in document:
             report.warn((key,), text)
     _missing_file(document, "admin_token_file", (), folder, report)
-    _gate(document.get("gate", {}), folder, report)
+    keys = "keys_file" in document or report.has_problem(("keys_file",))
+    check_keys_file(document, folder, report)
+    _gate(document.get("gate", {}), folder, report, keys=keys)
     services = list(_services(document))
     _unique_fields(services, report)
     check_fixed_ports(services, report)
@@ -76,7 +88,7 @@ def apply_rules(document: Entry, folder: Path, report: Report) -> None:
         _paths(entry, path, report)
         _environment(entry, path, report)
         _ranges(entry, path, report)
-        _features_to_come(entry, path, report)
+        check_client_fields(entry, path, report, keys=keys)
         check_replicas(entry, path, report)
         if report.has_problem((*path, "launcher")):
             continue  # which of the two was meant is not known
@@ -172,14 +184,6 @@ def _ranges(entry: Entry, path: JsonPath, report: Report) -> None:
             report.problem(where, f"{json.dumps(bounds)} has the larger number first; swap them")
 
 
-def _features_to_come(entry: Entry, path: JsonPath, report: Report) -> None:
-    """Refuse what this version would ignore."""
-    if entry.get("models"):
-        report.problem(
-            (*path, "models"), "routing by model is not in this version; leave it out for now"
-        )
-
-
 def _process(entry: Entry, path: JsonPath, folder: Path, report: Report) -> None:
     for key in _ONLY_SLURM:
         if key in entry:
@@ -205,14 +209,13 @@ def _missing_file(entry: Entry, key: str, path: JsonPath, folder: Path, report: 
         report.warn((*path, key), f"{file} is not on this machine, or is not a file")
 
 
-def _gate(gate: Entry, folder: Path, report: Report) -> None:
-    if "listen" in gate or "keys_file" in gate:
-        _listen(gate, report)
-    for index, network in enumerate(gate.get("private", [])):
-        if network is not None:
-            text = _network_problem(network)
-            if text is not None:
-                report.problem(("gate", "private", index), f"{show_value(network)} {text}")
+def _gate(gate: Entry, folder: Path, report: Report, *, keys: bool) -> None:
+    if "listen" in gate:
+        text = listen_problem(gate["listen"], is_open=keys or gate.get("open", False))
+        if text is not None:
+            report.problem(("gate", "listen"), f"{show_value(gate['listen'])} {text}")
+    check_networks(gate, report)
+    check_origins(gate.get("cors", []), ("gate", "cors"), report)
     sizes = {key: parse_size(gate[key]) for key in ("max_body", "max_held_bytes") if key in gate}
     for key, size in sizes.items():
         if size > _LARGEST_SIZE:
@@ -224,29 +227,3 @@ def _gate(gate: Entry, folder: Path, report: Report) -> None:
         )
     for file in ("certificate", "key"):
         _missing_file(gate.get("tls", {}), file, ("gate", "tls"), folder, report)
-
-
-def _listen(gate: Entry, report: Report) -> None:
-    if "keys_file" in gate:
-        report.problem(
-            ("gate", "keys_file"),
-            "keys for clients are not in this version; leave it out, and let the gate listen on "
-            'loopback, or set "open": true',
-        )
-    if "listen" in gate:
-        is_open = gate.get("open", False) or "keys_file" in gate
-        text = listen_problem(gate["listen"], is_open=is_open)
-        if text is not None:
-            report.problem(("gate", "listen"), f"{show_value(gate['listen'])} {text}")
-
-
-def _network_problem(network: str) -> str | None:
-    try:
-        ipaddress.ip_network(network)
-    except ValueError:
-        try:
-            meant = ipaddress.ip_network(network, strict=False)
-        except ValueError:
-            return 'is no IP address or network; it should be written as "10.1.0.0/16"'
-        return f"has bits set beyond its prefix; did you mean {show_value(str(meant))}?"
-    return 'must have no zone ("%")' if "%" in network else None

@@ -29,15 +29,19 @@ def build(document: dict[str, Any], path: Path, warnings: tuple[str, ...]) -> Co
     """Make the configuration; the document passed the schema and the rules."""
     path = path.absolute()
     folder = path.parent
-    token_file = document.get("admin_token_file")
+    files = {
+        key: resolve(document[key], folder)
+        for key in ("admin_token_file", "keys_file")
+        if key in document
+    }
     return Config(
         path=path,
         services=tuple(_service(entry, folder) for entry in document["Services"]),
         gate=_gate(document.get("gate", {}), folder),
         instance=document.get("instance"),
         watch=document.get("watch", True),
-        admin_token_file=None if token_file is None else resolve(token_file, folder),
         warnings=warnings,
+        **files,
     )
 
 
@@ -79,7 +83,7 @@ def _ports(values: list[float]) -> tuple[int, int]:
 
 
 def header_of(affinity: str) -> str | None:
-    """Name of the header in ``header:X-Session``; None of ``none``."""
+    """Name of the header in ``header:X-Session``; None of ``none`` and ``prefix``."""
     return affinity.partition(":")[2] or None
 
 
@@ -115,6 +119,12 @@ _SERVICE: Converters = {
     "launcher": LauncherKind,
     "description": str,
     "models": tuple,
+    "upstream_model": str,
+    "upstream_key": bool,
+    "public": bool,
+    "heartbeat": float,
+    "max_idle_connection": float,
+    "cors": tuple,
     "remote_port": _port,
     "port_range": _ports,
     "env": _environment,
@@ -152,6 +162,7 @@ def _converted(entry: dict[str, Any], converters: Converters) -> dict[str, Any]:
 
 def _service(entry: dict[str, Any], folder: Path) -> ServiceSpec:
     fields = _converted(entry, _SERVICE)
+    fields["prefix_affinity"] = entry.get("affinity") == "prefix"
     if fields.get("launcher", LauncherKind.SLURM) is LauncherKind.PROCESS:
         fields["bash_file"] = os.path.expanduser(fields["bash_file"])
     else:
@@ -184,8 +195,8 @@ def _ssh(entry: dict[str, Any], folder: Path) -> SshSpec | None:
 def _gate(entry: dict[str, Any], folder: Path) -> GateSpec:
     given: dict[str, Any] = {key: entry[key] for key in ("listen", "open") if key in entry}
     given |= {key: parse_size(entry[key]) for key in ("max_body", "max_held_bytes") if key in entry}
-    if "private" in entry:
-        given["private"] = tuple(entry["private"])
+    lists = ("private", "trusted_proxies", "cors")
+    given |= {key: tuple(entry[key]) for key in lists if key in entry}
     if "tls" in entry:
         given["tls"] = TlsSpec(
             certificate=resolve(entry["tls"]["certificate"], folder),

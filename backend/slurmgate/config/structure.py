@@ -20,6 +20,7 @@ _Wrong = dict[Step, "_Wrong | None"]
 """Steps to wrong parts of a document; None: the part there is wrong itself."""
 
 _DISTANT = 0.4  # below that a likeness is chance
+_FEW = 10  # so many known fields are all named
 
 _KINDS = {
     bool: "true or false",
@@ -83,16 +84,30 @@ def _explain(error: ValidationError, path: JsonPath) -> Iterator[tuple[JsonPath,
 
 def _unknown(key: str, schema: dict[str, Any]) -> str:
     known = schema["properties"]
+    homes = _homes(key)
+    if homes:
+        return f"unknown field here; it belongs to {homes}"
     close = nearest(key, known)
     if close is not None:
         return f"unknown field; did you mean {json.dumps(close)}?"
-    if len(known) <= 8:
+    if len(known) <= _FEW:
         return f"unknown field; known are {', '.join(known)}"
     distant = nearest(key, known, alike=_DISTANT)
     if distant is not None:
         return f"unknown field; the nearest is {json.dumps(distant)}"
     needed = schema.get("required", known)
     return f"unknown field; those needed are {', '.join(needed)}"
+
+
+def _homes(key: str) -> str:
+    """The sections that have a field of this name; empty when there is none."""
+    schema: Any = _validator().schema
+    sections = (
+        ('the top level, beside "Services"', schema),
+        ("a service", schema["$defs"]["service"]),
+        ('"gate"', schema["$defs"]["gate"]),
+    )
+    return " or ".join(where for where, section in sections if key in section["properties"])
 
 
 def _wrong(keyword: str, value: object, schema: dict[str, Any]) -> str:
