@@ -25,11 +25,13 @@ CONFIGS = sorted(EXAMPLES.rglob("*.json"))
 JOBS = sorted((EXAMPLES / "jobs").iterdir())
 UNIT = EXAMPLES / "slurmgate.service"
 
-# What stands in for each server prints its arguments; GPUs and files of a node are not needed.
+# What stands in for each server prints its arguments and keeps its environment; GPUs and files of a
+# node are not needed.
 SERVERS = {"vllm.sh": "vllm", "tgi.sh": "text-generation-launcher", "triton.sh": "tritonserver"}
 SERVERS |= {"llama-cpp.sh": "llama-server"}
 IMAGES = {"tgi.sh": "TGI_IMAGE", "triton.sh": "TRITON_IMAGE"}
-ECHO = '#!/bin/sh\necho "$0 $$"\nprintf "%s\\n" "$@"\n'
+KEYS = {"vllm.sh": "VLLM_API_KEY", "llama-cpp.sh": "LLAMA_API_KEY"}
+ECHO = '#!/bin/sh\necho "$0 $$"\nprintf "%s\\n" "$@"\nenv >"$HOME/environment"\n'
 
 
 def by_name(path: Path) -> str:
@@ -66,6 +68,19 @@ def option(arguments: list[str], name: str) -> str:
 @pytest.mark.parametrize("path", CONFIGS, ids=by_name)
 def test_every_example_configuration_has_no_problems(path):
     assert examine(path).problems == ()
+
+
+def test_the_example_with_models_sends_nobody_anywhere_without_a_key():
+    config = examine(EXAMPLES / "openai.json").config
+    assert config is not None
+    assert config.keys_file is not None
+    for service in config.services:
+        assert service.models
+        assert service.upstream_key
+        assert not service.public
+        name = dict(service.env)["MODEL_NAME"]
+        assert name in ((service.upstream_model,) if service.upstream_model else service.models)
+        assert Path(service.bash_file).name in KEYS
 
 
 def test_every_configuration_in_the_readme_has_no_problems(tmp_path):
@@ -114,6 +129,15 @@ def test_a_job_script_becomes_its_server_on_the_port_it_is_given(job, tmp_path):
     assert (option(arguments, host), option(arguments, port)) == ("0.0.0.0", "20017")
     _, _, arguments = run_job(job, tmp_path, BIND_HOST="127.0.0.1")
     assert option(arguments, host) == "127.0.0.1"
+
+
+@pytest.mark.parametrize("job", [job for job in JOBS if job.name in KEYS], ids=by_name)
+def test_a_server_gets_the_key_of_its_replica_and_not_as_an_argument(job, tmp_path):
+    _, _, arguments = run_job(job, tmp_path, SLURMGATE_API_KEY="s3cret")
+    assert "s3cret" not in " ".join(arguments)
+    assert f"{KEYS[job.name]}=s3cret\n" in (tmp_path / "environment").read_text()
+    run_job(job, tmp_path)
+    assert KEYS[job.name] not in (tmp_path / "environment").read_text()
 
 
 @pytest.mark.parametrize("job", [job for job in JOBS if job.name in IMAGES], ids=by_name)

@@ -13,6 +13,10 @@ model=${MODEL:-$HOME/models/model.gguf}
 # Where to listen: 0.0.0.0 for tunnel "auto" and "none", 127.0.0.1 for "node-loopback".
 host=${BIND_HOST:-0.0.0.0}
 
+if [ -n "${SLURMGATE_API_KEY:-}" ]; then # "upstream_key": true; never an argument: those are seen
+    export LLAMA_API_KEY=$SLURMGATE_API_KEY
+fi
+
 exec "${LLAMA_SERVER:-llama-server}" \
     --model "$model" \
     --host "$host" \

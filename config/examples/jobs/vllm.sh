@@ -17,6 +17,10 @@ host=${BIND_HOST:-0.0.0.0}
 # vLLM calls compilers of its environment by name.
 export PATH=$venv/bin:$PATH
 
+if [ -n "${SLURMGATE_API_KEY:-}" ]; then # "upstream_key": true; never an argument: those are seen
+    export VLLM_API_KEY=$SLURMGATE_API_KEY
+fi
+
 exec vllm serve "$model" \
     --host "$host" \
     --port "$1" \
