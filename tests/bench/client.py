@@ -33,10 +33,14 @@ class _UnixConnection(http.client.HTTPConnection):
 
 
 def _exchange(
-    connection: http.client.HTTPConnection, path: str, method: str, headers: dict[str, str]
+    connection: http.client.HTTPConnection,
+    path: str,
+    method: str,
+    headers: dict[str, str],
+    body: str | None = None,
 ) -> Answer:
     try:
-        connection.request(method, path, headers=headers)
+        connection.request(method, path, body, headers)
         response = connection.getresponse()
         return Answer(response.status, response.read())
     finally:
@@ -57,6 +61,15 @@ def service_info(product: Product, name: str) -> dict[str, Any]:
     assert answer.status == 200, answer
     found: dict[str, Any] = json.loads(answer.body)
     return found
+
+
+def post(port: int, path: str, body: str, token: str | None = None) -> Answer:
+    """Ask with a JSON body, on a connection of its own."""
+    headers = {"Content-Type": "application/json"}
+    if token:
+        headers["Authorization"] = f"Bearer {token}"
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S)
+    return _exchange(connection, path, "POST", headers, body)
 
 
 def _until(product: Product, name: str, field: str, wanted: object) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
 import resource
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,17 @@ def pin(pids: Iterable[int], cores: set[int]) -> None:
     """Let processes run on these cores only."""
     for pid in pids:
         os.sched_setaffinity(pid, cores)
+
+
+@contextlib.contextmanager
+def staying_on(cores: set[int]) -> Iterator[None]:
+    """Keep this thread on these cores, and the processes that it starts."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def cpu_seconds(pids: Iterable[int]) -> float:

@@ -6,13 +6,16 @@ import contextlib
 import os
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from slurmgate.nginx import find_nginx
 from tests.up.product import Product, children
 from tests.waiting import until
+
+NO_OTHERS: Mapping[str, str] = MappingProxyType({})
 
 # A user of nginx who compares would have both: the same kind of log, and kept connections.
 PLAIN = """
@@ -23,20 +26,23 @@ PLAIN = """
         '"bytes_in":$request_length,"bytes_out":$bytes_sent}';
     access_log "%(folder)s/plain-access.log" plain buffer=64k flush=1s;
     keepalive_requests 10000;
-    upstream service {
-        server %(upstream)s;
-        keepalive 256;
-        keepalive_requests 100000;
-    }
+    client_max_body_size 1g;
+    %(upstreams)s
     server {
         listen 127.0.0.1:%(port)s backlog=8192;
-        location / {
-            proxy_http_version 1.1;
-            proxy_set_header Host $http_host;
-            proxy_set_header Connection "";
-            proxy_set_header X-Forwarded-For $remote_addr;
-            proxy_pass http://service;
-        }
+        proxy_http_version 1.1;
+        proxy_set_header Host $http_host;
+        proxy_set_header Connection "";
+        proxy_set_header X-Forwarded-For $remote_addr;
+        %(locations)s
+    }
+"""
+
+UPSTREAM = """
+    upstream %(name)s {
+        server %(server)s;
+        keepalive 256;
+        keepalive_requests 100000;
     }
 """
 
@@ -124,13 +130,21 @@ class Plain:
 
 
 @contextlib.contextmanager
-def plain_proxy(folder: Path, port: int, upstream: str) -> Iterator[Plain]:
+def plain_proxy(
+    folder: Path, port: int, upstream: str, others: Mapping[str, str] = NO_OTHERS
+) -> Iterator[Plain]:
     """Run nginx with nothing but ``proxy_pass``, kept connections and an access log.
 
-    ``upstream`` is what nginx calls a server: ``host:port`` or ``unix:/path``.
+    ``upstream`` is what nginx calls a server: ``host:port`` or ``unix:/path``. ``others`` are those
+    of other paths' beginnings.
     """
     conf = folder / "plain.conf"
-    conf.write_text(_configuration(folder, "plain", PLAIN, port=port, upstream=upstream))
+    upstreams, locations = "", ""
+    for index, (path, server) in enumerate({"/": upstream, **others}.items()):
+        upstreams += UPSTREAM % {"name": f"service-{index}", "server": server}
+        locations += f"location {path} {{ proxy_pass http://service-{index}; }}\n"
+    parts = {"upstreams": upstreams, "locations": locations}
+    conf.write_text(_configuration(folder, "plain", PLAIN, port=port, **parts))
     process = subprocess.Popen([find_nginx(), "-e", "stderr", "-c", str(conf)])
     try:
         until(lambda: _listens(port))

@@ -52,6 +52,7 @@ class Side:
     url: str
     workers: list[int]
     service: list[int]
+    post: wrk.Post | None = None
     samples: list[Sample] = field(default_factory=list)
 
     def load(self, connections: int, cores: Cores) -> None:
@@ -74,7 +75,7 @@ class Side:
 
     def ask(self, connections: int, cores: Cores) -> wrk.Run:
         """Ask for as much as there is in one round."""
-        return wrk.run(self.url, connections, ROUND_S, cores.client)
+        return wrk.run(self.url, connections, ROUND_S, cores.client, self.post)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +151,7 @@ def running_sides(names: Iterable[str], cores: Cores) -> Iterator[dict[str, Side
         url = f"http://127.0.0.1:{plain.port}/fast/hello"
         sides["plain"] = Side(url, plain.workers, sides["gate"].service)
         for side in sides.values():
-            wrk.run(side.url, 32, ROUND_S, cores.client)
+            side.ask(32, cores)
         yield sides
 
 
@@ -172,11 +173,16 @@ def _gate(folder: Path, services: int) -> Product:
 
 def _side(product: Product, cores: Cores) -> Side:
     assert ask(product.port, "/fast/hello").status == 200
+    return Side(f"{product.url}/fast/hello", *pinned(product, cores))
+
+
+def pinned(product: Product, cores: Cores) -> tuple[list[int], list[int]]:
+    """The gate's workers, and the services with their children, each on its core."""
     workers = product.nginx_workers()
     pin(workers, cores.proxy)
     service = [pid for master in product.replicas() for pid in (master, *children(master))]
     pin(service, cores.service)
-    return Side(f"{product.url}/fast/hello", workers, service)
+    return workers, service
 
 
 def _ended_children_seconds() -> float:

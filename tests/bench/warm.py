@@ -15,11 +15,11 @@ CONNECTIONS = 32
 NARROW = 0.8
 
 
-def _rate(sample: Sample) -> float:
+def rate_of(sample: Sample) -> float:
     return sample.rate
 
 
-def _cpu(sample: Sample) -> float:
+def cpu_of(sample: Sample) -> float:
     return sample.cpu_us
 
 
@@ -31,15 +31,15 @@ def _median(sample: Sample) -> float:
     return sample.median_us
 
 
-def _quotient(name: str, values: list[float], bound: float, at_least: bool) -> Figure:
+def quotient(name: str, values: list[float], bound: float, at_least: bool) -> Figure:
     spread = quartiles(values, 3)
     return Figure(name, middle(values), bound, "", at_least, 3, spread, len(values))
 
 
-def _throughput_notes(seen: Rounds) -> list[str]:
+def throughput_notes(seen: Rounds) -> list[str]:
     notes = [
-        f"{name}: {middle(seen.of(name, _rate)):,.0f} requests/s,"
-        f" {middle(seen.of(name, _cpu)):.1f} µs of the worker each,"
+        f"{name}: {middle(seen.of(name, rate_of)):,.0f} requests/s,"
+        f" {middle(seen.of(name, cpu_of)):.1f} µs of the worker each,"
         f" the worker busy {middle(seen.of(name, _busy)):.0%}"
         for name in seen.counted
     ]
@@ -56,16 +56,16 @@ def throughput(quick: bool) -> Outcome:
     cores = Cores.of_this_machine()
     with running_sides(("gate", "gate_500", "plain"), cores) as sides:
         seen = rounds(sides, 4 if quick else 25, CONNECTIONS, cores)
-    rate = {name: seen.of(name, _rate) for name in sides}
-    cpu = {name: seen.of(name, _cpu) for name in sides}
+    rate = {name: seen.of(name, rate_of) for name in sides}
+    cpu = {name: seen.of(name, cpu_of) for name in sides}
     rate_500, cpu_500 = (paired(x["gate_500"], x["gate"]) for x in (rate, cpu))
     figures = [
-        _quotient("warm throughput ÷ plain nginx", paired(rate["gate"], rate["plain"]), 0.80, True),
-        _quotient("CPU per request ÷ plain nginx", paired(cpu["gate"], cpu["plain"]), 1.35, False),
-        _quotient("throughput with 500 services ÷ with 2", rate_500, 0.97, True),
-        _quotient("CPU per request with 500 services ÷ with 2", cpu_500, 1.03, False),
+        quotient("warm throughput ÷ plain nginx", paired(rate["gate"], rate["plain"]), 0.80, True),
+        quotient("CPU per request ÷ plain nginx", paired(cpu["gate"], cpu["plain"]), 1.35, False),
+        quotient("throughput with 500 services ÷ with 2", rate_500, 0.97, True),
+        quotient("CPU per request with 500 services ÷ with 2", cpu_500, 1.03, False),
     ]
-    return Outcome(figures, _throughput_notes(seen), seen.as_json())
+    return Outcome(figures, throughput_notes(seen), seen.as_json())
 
 
 def latency(quick: bool) -> Outcome:
