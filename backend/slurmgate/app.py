@@ -27,6 +27,7 @@ from slurmgate.control import Control
 from slurmgate.errors import ConfigError, SlurmgateError, StateError
 from slurmgate.files import write_atomic
 from slurmgate.history import History
+from slurmgate.keyring import Keyring
 from slurmgate.launchers.process import ProcessLauncher
 from slurmgate.launchers.slurm import SlurmLauncher
 from slurmgate.model import Config, GateSpec, LauncherKind
@@ -73,6 +74,7 @@ def serve(options: BackendOptions) -> int:
         instance = config.instance or state.instance
         remotes = Remotes()
         history = History(state.history)
+        keyring = Keyring(config.keys_file)
         control = Control(
             {
                 LauncherKind.PROCESS: ProcessLauncher(state),
@@ -86,16 +88,18 @@ def serve(options: BackendOptions) -> int:
         control.start(config)
         reloader = Reloader(
             config,
-            lambda fresh, content: _apply(control, state, fresh, content),
+            lambda fresh, content: _apply(control, keyring, state, fresh, content),
             lambda fresh, running: _try_gate(fresh, running, state, options),
             error=error,
         )
         reloader.start()
-        sockets = _serve_sockets(state, _applications(state, control, reloader, instance))
+        keyring.start()
+        sockets = _serve_sockets(state, _applications(state, control, reloader, keyring, instance))
         log.info("backend of instance %s serves %d services", instance, len(config.services))
         heard = _wait(wishes, reloader, lambda: state.exists() and not _in_place(sockets))
         log.info("backend stops")
         reloader.close()
+        keyring.close()
         control.close(
             stop_replicas={LauncherKind.PROCESS: heard, LauncherKind.SLURM: options.stop_jobs},
             keep_ways=not (heard and options.supervised),
@@ -147,8 +151,14 @@ def _keep(state: StateDir, config: Config, content: bytes) -> None:
         log.warning("cannot keep a copy of the configuration: %s", error)
 
 
-def _apply(control: Control, state: StateDir, config: Config, content: bytes) -> None:
+def _apply(
+    control: Control, keyring: Keyring, state: StateDir, config: Config, content: bytes
+) -> None:
+    """Put a configuration in force; no gate may learn of a service before its keys."""
+    if config.keys_file is not None:
+        keyring.follow(config.keys_file)
     control.configure(config)
+    keyring.follow(config.keys_file)
     _keep(state, config, content)
 
 
@@ -223,7 +233,7 @@ def _reload_nginx(state: StateDir) -> bool:
 
 
 def _applications(
-    state: StateDir, control: Control, reloader: Reloader, instance: str
+    state: StateDir, control: Control, reloader: Reloader, keyring: Keyring, instance: str
 ) -> tuple[Flask, Flask]:
     def application(*blueprints: Any) -> Flask:
         app = Flask("slurmgate", static_folder=None)
@@ -236,9 +246,9 @@ def _applications(
         return state.admin_token(reloader.config.admin_token_file)
 
     token()
-    return application(gate.blueprint(control)), application(
-        info.blueprint(control, reloader, time.monotonic, instance),
-        metrics.blueprint(control, time.monotonic),
+    return application(gate.blueprint(control, keyring)), application(
+        info.blueprint(control, reloader, keyring, time.monotonic, instance),
+        metrics.blueprint(control, keyring, time.monotonic),
         admin.blueprint(control, reloader, token, state.set_management),
     )
 

@@ -22,6 +22,23 @@ class ConfigError(SlurmgateError):
         self.problems = problems
 
 
+class KeysError(SlurmgateError):
+    """The file of clients' keys cannot be used, or not be changed as wished; ``problems`` lists
+    every finding.
+    """
+
+    reason = "bad-keys"
+    http_status = 422
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class KeysMissing(KeysError):
+    """There is no such file of keys."""
+
+
 class StateError(SlurmgateError):
     """The state directory cannot be used: owner, mode, or another instance holds it."""
 

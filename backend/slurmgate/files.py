@@ -9,10 +9,13 @@ import os
 import tempfile
 from pathlib import Path
 
+Owner = tuple[int, int]
+"""Uid and gid that root gives a file away to."""
 
-def write_atomic(path: Path, data: bytes) -> None:
+
+def write_atomic(path: Path, data: bytes, owner: Owner | None = None) -> None:
     """Replace a file by a complete new one, mode 0600 and on the disk when this returns."""
-    temporary = _write_temporary(path, data)
+    temporary = _write_temporary(path, data, owner)
     try:
         temporary.rename(path)
     except OSError:
@@ -21,9 +24,9 @@ def write_atomic(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
-def write_new(path: Path, data: bytes) -> None:
+def write_new(path: Path, data: bytes, owner: Owner | None = None) -> None:
     """Like ``write_atomic``, but never replace a file; FileExistsError when there is one."""
-    temporary = _write_temporary(path, data)
+    temporary = _write_temporary(path, data, owner)
     try:
         os.link(temporary, path)
     finally:
@@ -40,11 +43,13 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def _write_temporary(path: Path, data: bytes) -> Path:
+def _write_temporary(path: Path, data: bytes, owner: Owner | None) -> Path:
     fd, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     temporary = Path(name)
     try:
         with open(fd, "wb") as file:
+            if owner is not None:
+                os.fchown(fd, *owner)
             file.write(data)
             file.flush()
             os.fsync(fd)

@@ -15,6 +15,7 @@ from flask import Blueprint, Response, request
 from slurmgate import __version__, nodes, scaling, snapshot
 from slurmgate.control import Control
 from slurmgate.fleet import View
+from slurmgate.keyring import Keyring
 from slurmgate.model import Phase
 from slurmgate.observed import LAUNCHING, Replica, Service
 from slurmgate.ports import Clock
@@ -24,7 +25,9 @@ from slurmgate.starts import cold_start_s
 RUNNING = frozenset({Phase.RUNNING, Phase.STARTING, Phase.READY, Phase.DRAINING})
 
 
-def blueprint(control: Control, reloader: Reloader, clock: Clock, instance: str) -> Blueprint:
+def blueprint(
+    control: Control, reloader: Reloader, keyring: Keyring, clock: Clock, instance: str
+) -> Blueprint:
     """Routes for reading; none of them changes anything."""
     routes = Blueprint("info", __name__)
 
@@ -41,14 +44,16 @@ def blueprint(control: Control, reloader: Reloader, clock: Clock, instance: str)
         services = [
             service_info(s, view, now, private=private) for s in view.services if not s.retired
         ]
-        error = reloader.error
-        shown = error if private or error is None else "the configuration file has errors"
         return _json(
             {
                 "instance": instance,
                 "version": __version__ if private else None,
                 "management_enabled": view.enabled,
-                "config": {"loaded_at": reloader.loaded_at, "error": shown},
+                "config": {
+                    "loaded_at": reloader.loaded_at,
+                    "error": _error(reloader.error, "the configuration", private=private),
+                    "keys_error": _error(keyring.current.error, "the keys", private=private),
+                },
                 "services": services,
                 "strangers": _strangers(control) if private else [],
             }
@@ -66,6 +71,10 @@ def blueprint(control: Control, reloader: Reloader, clock: Clock, instance: str)
 def _strangers(control: Control) -> list[dict[str, str]]:
     """Jobs of our instance with another owner; ``slurmgate adopt OWNER`` takes them over."""
     return [dataclasses.asdict(stranger) for stranger in control.strangers()]
+
+
+def _error(error: str | None, what: str, *, private: bool) -> str | None:
+    return error if private or error is None else f"{what} file has errors"
 
 
 def _private() -> bool:

@@ -16,6 +16,7 @@ from prometheus_client.registry import Collector
 
 from slurmgate import __version__, scaling, snapshot
 from slurmgate.control import Control
+from slurmgate.keyring import Keyring, KeyUse
 from slurmgate.model import Phase
 from slurmgate.observed import COLD_START_BOUNDS, Service
 from slurmgate.ports import Clock
@@ -23,11 +24,11 @@ from slurmgate.ports import Clock
 STATES = ("cold", "waking", "ready", "draining", "failed", "disabled", "unknown")
 
 
-def blueprint(control: Control, clock: Clock) -> Blueprint:
+def blueprint(control: Control, keyring: Keyring, clock: Clock) -> Blueprint:
     """The one route; the gate lets only private networks reach it."""
     routes = Blueprint("metrics", __name__)
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_ViewCollector(control, clock))
+    registry.register(_ViewCollector(control, keyring, clock))
 
     @routes.get("/metrics")
     def metrics() -> Response:
@@ -39,8 +40,9 @@ def blueprint(control: Control, clock: Clock) -> Blueprint:
 class _ViewCollector(Collector):
     """Makes the metrics anew for each scrape; holds no numbers of its own."""
 
-    def __init__(self, control: Control, clock: Clock) -> None:
+    def __init__(self, control: Control, keyring: Keyring, clock: Clock) -> None:
         self._control = control
+        self._keyring = keyring
         self._clock = clock
 
     def collect(self) -> Iterator[Metric]:
@@ -55,6 +57,7 @@ class _ViewCollector(Collector):
         yield from _demand(services)
         yield from _states(services, now)
         yield from _starts(services)
+        yield from _keys(self._keyring)
 
 
 def _demand(services: list[Service]) -> Iterator[Metric]:
@@ -116,3 +119,22 @@ def _starts(services: list[Service]) -> Iterator[Metric]:
             buckets.append(("+Inf" if bound is None else str(bound), below))
         durations.add_metric([name], buckets, histogram.total)
     yield from (starts, lost, durations)
+
+
+def _keys(keyring: Keyring) -> Iterator[Metric]:
+    """Count for every key in force, and for one revoked while the gate still speaks of it."""
+    requests = CounterMetricFamily(
+        "slurmgate_key_requests", "Requests that came with a key.", labels=["key"]
+    )
+    refused = CounterMetricFamily(
+        "slurmgate_key_refused", "Of these, those refused for its limits or rights.", labels=["key"]
+    )
+    in_flight = GaugeMetricFamily(
+        "slurmgate_key_in_flight", "Requests under way that came with a key.", labels=["key"]
+    )
+    unused = {key.name: KeyUse() for key in keyring.current.keys}
+    for name, use in (unused | dict(keyring.use)).items():
+        requests.add_metric([name], use.requests)
+        refused.add_metric([name], use.refused)
+        in_flight.add_metric([name], use.in_flight)
+    yield from (requests, refused, in_flight)
