@@ -11,6 +11,7 @@ import pytest
 from slurmgate.config import Findings, examine, validate
 from slurmgate.config.clients import origin_problem
 from slurmgate.errors import ConfigError
+from slurmgate.keys import Key, digest, serialise
 from slurmgate.model import Config, ServiceSpec
 
 Document = dict[str, Any]
@@ -264,8 +265,41 @@ def test_a_missing_keys_file_is_a_warning_that_says_how_to_make_it(folder: Path)
     found = examined(service() | KEYED, folder)
     assert found.problems == ()
     [warning] = found.warnings
-    assert warning.startswith(f"keys_file: {folder / 'keys.json'} is not on this machine")
+    assert warning.startswith(f"keys_file: {folder / 'keys.json'} is not there: every request is")
     assert "`slurmgate keys add NAME` makes it" in warning
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("", "not valid JSON"),
+        ('{"keys": [{"name": "a"}]}', "keys[0] (a): sha256: is missing"),
+        ("[]", 'should be {"keys": [...]}'),
+    ],
+)
+def test_a_broken_keys_file_is_a_warning_that_says_what_is_wrong(
+    folder: Path, content: str, text: str
+):
+    (folder / "keys.json").write_text(content)
+    [warning] = examined(service() | KEYED, folder).warnings
+    assert warning.startswith(f"keys_file: {folder / 'keys.json'}: ")
+    assert text in warning
+
+
+def test_a_key_for_a_service_that_is_not_there_is_a_warning(folder: Path):
+    services = {"a": ["LLM"], "b": ["LLM", "LLMM"], "c": ["zzz"], "d": None}
+    made = tuple(
+        Key(name, digest(name), None if names is None else tuple(names))
+        for name, names in services.items()
+    )
+    (folder / "keys.json").write_bytes(serialise(made))
+    assert examined(service() | KEYED, folder).warnings == (
+        'keys_file: key b: "LLMM" is no service here (did you mean "LLM"?)',
+        'keys_file: key c: "zzz" is no service here',
+    )
+    broken = service() | KEYED
+    broken["Services"].append({"name": 7})
+    assert not [line for line in examined(broken, folder).warnings if "keys_file" in line]
 
 
 def test_an_open_gate_with_keys_is_not_open(folder: Path):

@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from slurmgate.config.report import JsonPath, Report, show_value
+from slurmgate import keys
+from slurmgate.config.report import JsonPath, Report, nearest, show_value
 from slurmgate.config.specs import resolve
+from slurmgate.errors import KeysError, KeysMissing
 
 Entry = dict[str, Any]
 
@@ -24,33 +26,51 @@ _ORIGIN_FORM = 'it should be like "https://chat.example.org" or "http://localhos
 
 
 def check_keys_file(document: Entry, folder: Path, report: Report) -> None:
-    """Check the file of the clients' keys; one that is not there yet is made by a command."""
+    """Look into the file of the clients' keys; one that is not there yet is made by a command.
+
+    None of this is a problem: whatever is in the file changes while the configuration stays.
+    """
     if "keys_file" not in document:
         return
     file = resolve(document["keys_file"], folder)
     try:
-        found = file.is_file()
-    except OSError:
-        found = False  # a name too long: as good as not there
-    if not found:
+        for key in keys.load(file):
+            _services_of(key, document, report)
+    except KeysMissing:
         report.warn(
             ("keys_file",),
-            f"{file} is not on this machine, or is not a file: every request is refused, but for "
-            "those to public services; `slurmgate keys add NAME` makes it",
+            f"{file} is not there: every request is refused, but for those to public services; "
+            "`slurmgate keys add NAME` makes it",
         )
+    except KeysError as error:
+        for text in error.problems:
+            report.warn(("keys_file",), text)
     if document.get("gate", {}).get("open"):
         report.warn(("gate", "open"), 'has no effect: "keys_file" makes clients show a key')
 
 
-def check_client_fields(entry: Entry, path: JsonPath, report: Report, *, keys: bool) -> None:
-    """Check one service; ``keys``: the file has a ``keys_file``."""
+def _services_of(key: keys.Key, document: Entry, report: Report) -> None:
+    entries = document.get("Services", [])
+    if any(entry is None or "name" not in entry for entry in entries):
+        return  # a service that is wrong itself may be the one
+    names = [entry["name"] for entry in entries]
+    for service in key.services or ():
+        if service not in names:
+            close = nearest(service, names)
+            hint = "" if close is None else f" (did you mean {show_value(close)}?)"
+            shown = show_value(service)
+            report.warn(("keys_file",), f"key {key.name}: {shown} is no service here{hint}")
+
+
+def check_client_fields(entry: Entry, path: JsonPath, report: Report, *, keyed: bool) -> None:
+    """Check one service; ``keyed``: the file has a ``keys_file``."""
     if entry.get("models") and "api_paths" in entry and not _allows_v1(entry["api_paths"]):
         report.warn(
             (*path, "models"), 'no request reaches them: "api_paths" allows nothing under "/v1"'
         )
     if "upstream_model" in entry and not entry.get("models"):
         report.warn((*path, "upstream_model"), 'has no effect without "models"')
-    if entry.get("public") and not keys:
+    if entry.get("public") and not keyed:
         report.warn((*path, "public"), 'has no effect without "keys_file": all services are public')
     check_origins(entry.get("cors", []), (*path, "cors"), report)
 

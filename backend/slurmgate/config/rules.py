@@ -78,9 +78,9 @@ def apply_rules(document: Entry, folder: Path, report: Report) -> None:
         if key in document:
             report.warn((key,), text)
     _missing_file(document, "admin_token_file", (), folder, report)
-    keys = "keys_file" in document or report.has_problem(("keys_file",))
+    keyed = "keys_file" in document or report.has_problem(("keys_file",))
     check_keys_file(document, folder, report)
-    _gate(document.get("gate", {}), folder, report, keys=keys)
+    _gate(document.get("gate", {}), folder, report, keyed=keyed)
     services = list(_services(document))
     _unique_fields(services, report)
     check_fixed_ports(services, report)
@@ -88,7 +88,7 @@ def apply_rules(document: Entry, folder: Path, report: Report) -> None:
         _paths(entry, path, report)
         _environment(entry, path, report)
         _ranges(entry, path, report)
-        check_client_fields(entry, path, report, keys=keys)
+        check_client_fields(entry, path, report, keyed=keyed)
         check_replicas(entry, path, report)
         if report.has_problem((*path, "launcher")):
             continue  # which of the two was meant is not known
@@ -209,9 +209,9 @@ def _missing_file(entry: Entry, key: str, path: JsonPath, folder: Path, report: 
         report.warn((*path, key), f"{file} is not on this machine, or is not a file")
 
 
-def _gate(gate: Entry, folder: Path, report: Report, *, keys: bool) -> None:
+def _gate(gate: Entry, folder: Path, report: Report, *, keyed: bool) -> None:
     if "listen" in gate:
-        text = listen_problem(gate["listen"], is_open=keys or gate.get("open", False))
+        text = listen_problem(gate["listen"], is_open=keyed or gate.get("open", False))
         if text is not None:
             report.problem(("gate", "listen"), f"{show_value(gate['listen'])} {text}")
     check_networks(gate, report)
