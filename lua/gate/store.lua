@@ -4,6 +4,8 @@
 --            would come back as a negative one
 -- sg_state   the snapshot and its version, the workers' slots, what they show of their waiting
 --            rooms, health, demand, leases
+-- sg_keys    the list of clients' keys; a dict of its own: an evicted list would open the gate
+-- sg_rates   requests of each key in each second of the last minute
 -- sg_pages   half-second copies of the backend's pages, and how often each was fetched
 --
 -- A worker is known by its tag "pid.start time", so a recycled pid is never taken for a dead
@@ -24,6 +26,8 @@ local SLOT_LIMIT = 4096
 
 local counts = shared.sg_counts
 local state = shared.sg_state
+local keys = shared.sg_keys
+local rates = shared.sg_rates
 local pages = shared.sg_pages
 local my_tag
 
@@ -274,6 +278,51 @@ function _M.put_snapshot(basis, version, text, now)
     end
     state:delete("lock")
     return ok, err and "put_snapshot: " .. err
+end
+
+-- Keys ---------------------------------------------------------------------------------------
+
+--- Version of the newest list of keys; nil before the first.
+function _M.keys_version()
+    return keys:get("version")
+end
+
+--- The newest list of keys, its JSON text, and its version; nil if there is none.
+function _M.keys()
+    local blob = keys:get("list")
+    if not blob then
+        return nil
+    end
+    local line_end = blob:find("\n", 1, true)
+    return blob:sub(line_end + 1), blob:sub(1, line_end - 1)
+end
+
+--- Store a list of keys made for whoever had the version `basis`: a late answer never wins.
+function _M.put_keys(basis, version, text)
+    local ok, err = lock()
+    if not ok then
+        return nil, err
+    end
+    if keys:get("version") ~= basis then
+        state:delete("lock")
+        return nil, "put_keys: overtaken"
+    end
+    ok, err = keys:safe_set("list", version .. "\n" .. text)
+    if ok then
+        ok, err = keys:safe_set("version", version)
+    end
+    state:delete("lock")
+    return ok, err and "put_keys: " .. err
+end
+
+--- Add to a count that is forgotten after so many seconds; returns the new value.
+function _M.rate(key, delta, seconds)
+    return rates:incr(key, delta, 0, seconds) or 0
+end
+
+--- Such a count as it stands.
+function _M.rated(key)
+    return rates:get(key) or 0
 end
 
 -- Leader -------------------------------------------------------------------------------------
