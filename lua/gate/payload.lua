@@ -1,0 +1,140 @@
+-- What the gate wants to know of a request's body: the model it names, whether it asks for an event
+-- stream, and how its prompt begins; and another model put into it. Long bodies are read in pieces,
+-- and the worker serves others between them. Per worker: the buffer for pieces of files, which is
+-- empty whenever something yields.
+--
+-- inspect(var) → found, or nil, code ("bad-body"), detail. The body must have been read
+-- (ngx.req.read_body). May yield where the body is long. multipart/form-data is read as such,
+-- everything else as JSON. found:
+--   model          string, or nil: then
+--   model_problem  says why there is none ('"model" is missing', …), for whoever needs one
+--   stream         boolean: "stream": true
+--   place          CRC-32 of the first 256 raw bytes of the value of "messages", else of "prompt",
+--                  else of "input" (a string, list or object); nil if there is none
+--
+-- rename(found, name) → true, or nil, code ("bad-body", "internal"), detail. Puts another model in
+-- the place of the one found. May yield. The length in the header follows; what is replayed
+-- later is the new body. Not to be called twice with the same `found`.
+
+local cjson = require "cjson.safe"
+local ffi = require "ffi"
+
+local clock = require "gate.clock"
+local scanner = require "gate.scanner"
+
+local C = ffi.C
+local lower, sub = string.lower, string.sub
+local cast = ffi.cast
+local min = math.min
+local open = io.open
+
+local PIECE = 131072
+local TURN_S = 0.004 -- of work before others get their turn
+-- Debian's nginx warns of each sleep of nothing. One of a millisecond is at once over on a worker
+-- with other work, because nginx counts it from the beginning of our turn.
+local PAUSE_S = 0.001
+local ENCODED = "the body has a Content-Encoding; send it without one"
+
+ffi.cdef [[
+size_t sg_read(void *to, size_t size, size_t count, void *file) __asm__("fread");
+]]
+
+local buffer = ffi.new("uint8_t[?]", PIECE)
+
+local _M = {}
+
+-- Pieces -------------------------------------------------------------------------------------
+
+-- Others' turn, if ours is over; returns when the next one is.
+local function breathe(until_s)
+    if clock.now() < until_s then
+        return until_s
+    end
+    ngx.sleep(PAUSE_S)
+    return clock.now() + TURN_S
+end
+
+local function each_of_text(text, take, taker)
+    local p, n = cast("const uint8_t *", text), #text
+    if n <= PIECE then
+        return take(taker, p, n)
+    end
+    local until_s = clock.now() + TURN_S
+    for at = 0, n - 1, PIECE do
+        local ok, why = take(taker, p + at, min(PIECE, n - at))
+        if not ok then
+            return nil, why
+        end
+        until_s = breathe(until_s)
+    end
+    return true
+end
+
+-- A file that is left open, because the client went away during a yield, is closed by the
+-- collector.
+local function each_of_file(file, take, taker)
+    file:setvbuf("no")
+    local until_s = clock.now() + TURN_S
+    while true do
+        local n = tonumber(C.sg_read(buffer, 1, PIECE, file))
+        if n == 0 then
+            return true
+        end
+        local ok, why = take(taker, cast("const uint8_t *", buffer), n)
+        if not ok then
+            return nil, why
+        end
+        until_s = breathe(until_s)
+    end
+end
+
+-- Gives the body to `take(taker, pointer, length)`, piece by piece, until that says nil and why.
+local function each_piece(take, taker)
+    local text = ngx.req.get_body_data()
+    if text then
+        return each_of_text(text, take, taker)
+    end
+    local name = ngx.req.get_body_file()
+    if not name then
+        return true
+    end
+    local file, why = open(name, "rb")
+    if not file then
+        return nil, "the body cannot be read: " .. why
+    end
+    local ok
+    ok, why = each_of_file(file, take, taker)
+    file:close()
+    return ok, why
+end
+
+-- Looking ------------------------------------------------------------------------------------
+
+--- See the top.
+function _M.inspect(var)
+    local encoding = var.http_content_encoding
+    if encoding and lower(encoding) ~= "identity" then
+        return nil, "bad-body", ENCODED
+    end
+    local reader = scanner.new()
+    local ok, why = each_piece(scanner.feed, reader)
+    if ok then
+        ok, why = scanner.finish(reader)
+    end
+    if not ok then
+        return nil, "bad-body", why
+    end
+    return reader
+end
+
+-- Renaming -----------------------------------------------------------------------------------
+
+--- See the top.
+function _M.rename(found, name)
+    local text = ngx.req.get_body_data()
+    local new = cjson.encode(name)
+    ngx.req.set_body_data(sub(text, 1, found.from) .. new .. sub(text, found.to + 1))
+    return true
+end
+
+return _M
