@@ -92,6 +92,23 @@ def test_every_configuration_in_the_readme_has_no_problems(tmp_path):
         assert examine(path).problems == ()
 
 
+def test_the_readme_names_every_field_of_a_configuration():
+    schema = json.loads((ROOT / "config" / "services.schema.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    sections = {"": schema, "gate.": schema["$defs"]["gate"]}
+    names = {prefix + name for prefix, part in sections.items() for name in part["properties"]}
+    names |= set(schema["$defs"]["service"]["properties"])
+    names -= {"$schema", "Services", "gate", "nginxFile", "appPort"}
+    assert sorted(name for name in names if f"`{name}`" not in readme) == []
+
+
+def test_the_programs_in_the_readme_are_python():
+    blocks = re.findall(r"(?ms)^```python\n(.*?)^```", (ROOT / "README.md").read_text())
+    assert len(blocks) >= 2
+    for block in blocks:
+        compile(block, "README.md", "exec")
+
+
 def test_the_example_for_a_cluster_uses_job_scripts_that_are_there():
     services = json.loads((EXAMPLES / "cluster.json").read_text())["Services"]
     used = {Path(service["bash_file"]).name for service in services}
