@@ -10,7 +10,7 @@ import dataclasses
 import json
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -53,7 +53,7 @@ class Record:
 
     ``created`` is the wall clock. ``pid`` and ``pid_start`` mean something only in the boot
     ``boot``; they are None from the moment before the start until the process is known. ``job``
-    is there for replicas that are Slurm jobs.
+    is there for replicas that are Slurm jobs. ``api_key`` is what the service demands of the gate.
     """
 
     replica: str
@@ -68,6 +68,7 @@ class Record:
     pid_start: int | None = None
     stopping: bool = False
     job: JobRecord | None = None
+    api_key: str | None = field(default=None, repr=False)
 
 
 class Records:
@@ -80,8 +81,9 @@ class Records:
         """Keep a record, on the disk when this returns; StartRefused when it cannot be kept."""
         path = self._path(record.replica)
         values = dataclasses.asdict(record)
-        if record.job is None:
-            del values["job"]
+        for name in ("job", "api_key"):
+            if values[name] is None:
+                del values[name]
         data = json.dumps(values, indent=1, default=str).encode() + b"\n"
         try:
             self._write(path, data)
@@ -141,10 +143,18 @@ def _parse(path: Path) -> Record:
         pid_start=_maybe(data, "pid_start", int),
         stopping=_get(data, "stopping", bool),
         job=None if data.get("job") is None else _job(_get(data, "job", dict)),
+        api_key=_api_key(data),
     )
     if record.replica != path.stem or not _REPLICA.fullmatch(record.replica):
         raise ValueError(f"it is of replica {record.replica!r}")
     return record
+
+
+def _api_key(data: dict[str, object]) -> str | None:
+    key = data.get("api_key")
+    if key is not None and not isinstance(key, str):
+        raise ValueError("api_key is no text")  # what it is belongs into no log
+    return key
 
 
 def _job(data: dict[str, object]) -> JobRecord:

@@ -162,6 +162,49 @@ def test_a_script_gets_its_port_its_environment_and_its_folder(machine):
     assert process.session == process.group == process.pid
 
 
+def test_a_replica_has_a_key_of_its_own_that_only_its_environment_and_record_hold(
+    machine, monkeypatch, caplog
+):
+    caplog.set_level("DEBUG")
+    monkeypatch.setenv("SLURMGATE_API_KEY", "of-somebody-else")
+    body = 'echo "it is $SLURMGATE_API_KEY"; ' + SLEEPER
+    keyed = replace(machine.script(body), upstream_key=True)
+    launcher = machine.fresh()
+    running = [launcher.launch(keyed, replica) for replica in ("a1", "a2")]
+    keys = {one.api_key for one in running}
+    assert len(keys) == 2
+    for one in running:
+        assert one.api_key is not None
+        assert len(one.api_key) == 43
+        assert one.api_key not in repr(one)
+        process = procfs.environment(int(one.job_id))
+        assert process["SLURMGATE_API_KEY"] == one.api_key
+        assert one.api_key.encode() not in Path(f"/proc/{one.job_id}/cmdline").read_bytes()
+        assert one.api_key not in caplog.text
+    until(lambda: machine.log("a1"))
+    assert launcher.log_tail("a1", 5) == ["it is [upstream key]"]
+    machine.close(launcher, stop_replicas=False)
+    told = machine.launcher().adopt((keyed,), machine.ends).sightings
+    assert {one.api_key for one in told} == keys
+
+
+def test_the_last_words_of_a_replica_do_not_tell_its_key(machine):
+    launcher = machine.fresh()
+    launcher.launch(
+        replace(machine.script('echo "$SLURMGATE_API_KEY"; exit 3'), upstream_key=True), "a1"
+    )
+    assert machine.ends.next() == ("a1", end(code=3))
+    assert launcher.log_tail("a1", 5) == ["[upstream key]"]
+
+
+def test_without_a_key_a_replica_gets_nobodys(machine, monkeypatch):
+    monkeypatch.setenv("SLURMGATE_API_KEY", "of-somebody-else")
+    running = machine.fresh().launch(machine.script('echo "it is $SLURMGATE_API_KEY"'), "a1")
+    assert running.api_key is None
+    machine.ends.next()
+    assert machine.log("a1") == "it is \n"
+
+
 def test_a_script_that_is_not_executable_runs_with_bash(machine):
     launcher = machine.fresh()
     running = launcher.launch(machine.script("echo $1 $0", executable=False), "a1")

@@ -93,6 +93,29 @@ def test_records_are_closed_to_others_and_leave_no_temporary_files(tmp_path):
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
+def test_a_key_comes_back_and_is_shown_nowhere(tmp_path, caplog):
+    records = Records(tmp_path)
+    record = replace(RECORD, api_key="the-key")
+    records.write(record)
+    assert records.read_all() == [record]
+    (path,) = tmp_path.iterdir()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert "the-key" not in repr(record)
+    damaged = {**json.loads(path.read_bytes()), "api_key": ["the-key"]}
+    path.write_text(json.dumps(damaged))
+    assert records.read_all() == []
+    assert "api_key is no text" in caplog.text
+    assert "the-key" not in caplog.text
+
+
+def test_a_record_from_before_there_were_keys_is_read(tmp_path):
+    records = Records(tmp_path)
+    records.write(RECORD)
+    (path,) = tmp_path.iterdir()
+    assert "api_key" not in json.loads(path.read_bytes())
+    assert records.read_all() == [RECORD]
+
+
 def test_writing_again_replaces_and_removing_twice_is_no_error(tmp_path):
     records = Records(tmp_path)
     records.write(RECORD)

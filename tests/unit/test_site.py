@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from slurmgate.errors import CannotStart, StartRefused
-from slurmgate.launchers import contact
+from slurmgate.launchers import contact, posts
 from slurmgate.launchers.slurm import SlurmLauncher
 from slurmgate.launchers.slurm_format import JobName
 from slurmgate.model import (
@@ -58,9 +58,10 @@ class FakeSlurm:
         self.unfit = ""
         self.nodes = "n1"
         self.submissions: list[str] = []
+        self.secrets: dict[str, str | None] = {}  # what the last of each kind may not tell
         self._lock = threading.Lock()
 
-    def run(self, ssh, script, *, setup=(), timeout, login_shell=False) -> Output:
+    def run(self, ssh, script, *, setup=(), timeout, login_shell=False, secret=None) -> Output:
         what = next(
             name
             for name, text in {
@@ -75,6 +76,7 @@ class FakeSlurm:
             if text in script
         )
         self.asked[what] += 1
+        self.secrets[what] = secret
         fault = self.faults.get(what, self.faults.get("all"))
         if isinstance(fault, threading.Event):
             fault.wait(20)
@@ -226,6 +228,47 @@ def test_a_job_that_runs_on_this_machines_cluster_is_dialled_directly(boot, slur
     until(lambda: ears.ends, 20)
     assert ears.ends == [("r1", End("the service exited with code 3", node="n1"))]
     assert launcher.log_tail("r1", 5) == ["boom"]
+
+
+KEYED = replace(SPEC, upstream_key=True)
+
+
+def test_a_job_is_given_its_key_however_often_it_is_submitted_and_another_backend_knows_it(
+    boot, slurm, ears, state, caplog
+):
+    caplog.set_level("DEBUG")
+    slurm.faults["submit"] = Output(1, "", "sbatch: error: the moon is full", 0)
+    launcher = boot(KEYED)
+    key = launcher.launch(KEYED, "r1").api_key
+    assert key is not None
+    assert len(key) == 43
+    (record,) = Records(state.replicas).read_all()
+    assert record.api_key == key
+    slurm.faults.clear()
+    assert ears.until_phase("r1", Phase.PENDING).api_key == key
+    (script,) = slurm.submissions
+    assert f"export SLURMGATE_API_KEY={key}\n" in script
+    assert script.count(key) == 1
+    launcher.close(stop_replicas=False)
+    again = boot(KEYED)
+    slurm.set("100", "RUNNING")
+    reached = ears.until_phase("r1", Phase.STARTING)
+    assert reached.api_key == key
+    again.log_tail("r1", 5)
+    assert slurm.secrets["submit"] == slurm.secrets["detail"] == key
+    assert again.launch(KEYED, "r2").api_key != key
+    assert key not in caplog.text + repr(reached) + repr(record)
+
+
+def test_a_job_whose_key_is_lost_is_cancelled_and_not_submitted_again(boot, slurm, state, ears):
+    lost = slurm.add(our_name(state, "lost", start_hash=KEYED.start_hash()))
+    launcher = boot(KEYED)
+    until(lambda: slurm.cancelled == [lost])
+    launcher.launch(KEYED, "r1")
+    (record,) = Records(state.replicas).read_all()
+    at = posts.Moment(0.0, record.created)
+    found = [posts.recorded(one, KEYED, at) for one in (record, replace(record, api_key=None))]
+    assert [post and post.spec for post in found] == [KEYED, None]
 
 
 def test_commands_that_only_a_login_shell_finds_are_found_and_that_is_remembered(boot, slurm):

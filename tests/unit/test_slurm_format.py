@@ -237,6 +237,30 @@ def test_the_environment_reaches_the_job_whatever_the_script_exports(
     assert env["A"] == "1,2\n3"
 
 
+KEY = "-k3y_of-this_replica"
+
+
+@pytest.mark.parametrize("export", ["ALL", "NONE", "X"])
+def test_a_key_is_in_the_environment_and_in_no_argument(host: LoginHost, export: str) -> None:
+    text = slurm_submit.submit_script(
+        service(sbatch_args=(f"--export={export}",)), NAME, "k3f9", 20017, api_key=KEY
+    )
+    done = host.run("set -xv\n" + text)
+    seen = json.loads(host.seen.read_text())
+    assert seen["env"]["SLURMGATE_API_KEY"] == KEY
+    assert KEY not in str(seen["argv"])
+    passed = [word for word in seen["argv"] if word.startswith("--export=")][-1]
+    assert ("SLURMGATE_API_KEY" in passed) == (export != "ALL")
+    assert "+ " in done.stderr, "the shell did print what it ran"
+    assert f"+ export SLURMGATE_API_KEY={KEY}" not in done.stderr
+
+
+def test_a_key_that_somebody_else_was_given_is_not_passed_on(host: LoginHost) -> None:
+    host.env["SLURMGATE_API_KEY"] = KEY
+    _, env = host.submit(service())
+    assert "SLURMGATE_API_KEY" not in env
+
+
 # -- nodes to avoid --------------------------------------------------------------------------
 
 

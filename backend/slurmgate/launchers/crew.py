@@ -163,7 +163,11 @@ class Crew:
     def tail(self, replica: str, lines: int) -> list[str]:
         """Read the end of what a living replica printed."""
         job = self.job(replica)
-        return [] if job is None or job.job_id is None else self._host.tail(job.job_id, lines)
+        if job is None or job.job_id is None:
+            return []
+        with self.changed:
+            post = self._posts.get(replica)
+        return self._host.tail(job.job_id, lines, None if post is None else post.key)
 
     def fold(self, replica: str, change: Callable[[Job], Job | Step]) -> None:
         """Let something become known of a job, and do what follows."""
@@ -295,7 +299,9 @@ class Crew:
         early = job.running_at is None or self._clock() - job.running_at <= PORT_EARLY
         found = Inquiry(Answer(job_id, self._clock()))
         try:
-            found = self._host.inquire(post.name, job_id, fixed=post.fixed, early=early)
+            found = self._host.inquire(
+                post.name, job_id, fixed=post.fixed, early=early, key=post.key
+            )
         finally:
             with self.changed:
                 if post.replica in self._posts:

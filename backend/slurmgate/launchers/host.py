@@ -7,6 +7,7 @@ answered, at most for its time limit and the few seconds that SSH takes to give 
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 import shlex
@@ -107,11 +108,15 @@ class Host:
         self._unknown: set[str] = set()
 
     def submit(
-        self, spec: ServiceSpec, name: JobName, avoid: Sequence[str] = ()
+        self,
+        spec: ServiceSpec,
+        name: JobName,
+        avoid: Sequence[str] = (),
+        key: str | None = None,
     ) -> Submitted | Refusal | Doubt:
         """Submit a job. CannotStart, HostAway: it was not sent; Unfinished: nobody knows."""
-        script = slurm_submit.submit_script(spec, str(name), name.replica, name.port, avoid)
-        output = self._run(script, SUBMIT)
+        script = slurm_submit.submit_script(spec, str(name), name.replica, name.port, avoid, key)
+        output = self._run(script, SUBMIT, key)
         found = slurm_submit.read_submission(output.code, output.out, output.err)
         if isinstance(found, NotInstalled):
             raise self._not_installed("sbatch")
@@ -146,14 +151,16 @@ class Host:
             words = _words(output) or f"scancel ended with code {output.code}"
             raise SlurmSilent(f"job {job_id} is not cancelled yet: {words}")
 
-    def inquire(self, name: JobName, job_id: str, *, fixed: bool, early: bool) -> Inquiry:
+    def inquire(
+        self, name: JobName, job_id: str, *, fixed: bool, early: bool, key: str | None = None
+    ) -> Inquiry:
         """Ask what became of a job. ``early``: a taken port may have been the reason.
 
         A job of another name is another one: Slurm begins its numbers anew when it lost its state.
         """
         began = self._clock()
         try:
-            output = self._run(slurm_format.detail_script(job_id, LOG_LINES), ASK)
+            output = self._run(slurm_format.detail_script(job_id, LOG_LINES), ASK, key)
         except SlurmgateError as error:
             log.info("nothing was found out about job %s: %s", job_id, error)
             return Inquiry(Answer(job_id, began))
@@ -187,10 +194,10 @@ class Host:
             return None
         return slurm_format.parse_unfit(str(name), output.out)
 
-    def tail(self, job_id: str, lines: int) -> list[str]:
-        """Give the last lines a job has printed; none when the host does not say."""
+    def tail(self, job_id: str, lines: int, key: str | None = None) -> list[str]:
+        """Give the last lines a job has printed, without ``key``; none when the host says none."""
         try:
-            output = self._run(slurm_format.detail_script(job_id, lines), ASK)
+            output = self._run(slurm_format.detail_script(job_id, lines), ASK, key)
         except SlurmgateError as error:
             log.info("cannot read the output of job %s: %s", job_id, error)
             return []
@@ -219,14 +226,19 @@ class Host:
             log.warning("job %s cannot be taken over: %s", job_id, _words(output))
         return output.code == 0
 
-    def _run(self, script: str, timeout: float) -> Output:
-        """Run a script; once more by a login shell if a command is not found."""
+    def _run(self, script: str, timeout: float, key: str | None = None) -> Output:
+        """Run a script; once more by a login shell if a command is not found.
+
+        Whatever is printed there, nobody is told the ``key``.
+        """
         login = self._login_shell
-        run, ssh, setup = self._remotes.run, self._ssh, self._setup
-        output = run(ssh, script, setup=setup, timeout=timeout, login_shell=login)
+        run = functools.partial(
+            self._remotes.run, self._ssh, script, setup=self._setup, timeout=timeout, secret=key
+        )
+        output = run(login_shell=login)
         if output.code != 127 or login:
             return output
-        again = run(ssh, script, setup=setup, timeout=timeout, login_shell=True)
+        again = run(login_shell=True)
         if again.code != 127:
             log.info("%s finds Slurm's commands with a login shell only", self.name)
             with self._lock:

@@ -11,6 +11,8 @@ import re
 from collections.abc import Container
 from pathlib import Path
 
+from slurmgate import upstream_keys
+
 _LOG = logging.getLogger(__name__)
 
 _BLOCK = 64 * 1024
@@ -20,12 +22,12 @@ _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f]")
 
 
-def tail(path: Path, lines: int) -> list[str]:
-    """Give the last lines of a log as plain text; empty when there is no such file."""
+def tail(path: Path, lines: int, key: str | None = None) -> list[str]:
+    """Give the last lines of a log as plain text without ``key``; empty without such a file."""
     if lines <= 0:
         return []
     try:
-        raw = _last_bytes(path, lines)
+        raw = upstream_keys.hide(_last_bytes(path, lines), key)
     except FileNotFoundError:
         return []
     found = raw.removesuffix(b"\n").split(b"\n") if raw else []

@@ -45,6 +45,11 @@ class Post:
         return self.record.replica
 
     @property
+    def key(self) -> str | None:
+        """What its service demands of the gate."""
+        return self.record.api_key
+
+    @property
     def job(self) -> JobRecord:
         """The part of the record that is about the job."""
         assert self.record.job is not None
@@ -52,7 +57,12 @@ class Post:
 
 
 def new(
-    spec: ServiceSpec, name: JobName, boot: str, at: Moment, avoid: tuple[str, ...] = ()
+    spec: ServiceSpec,
+    name: JobName,
+    boot: str,
+    at: Moment,
+    avoid: tuple[str, ...] = (),
+    api_key: str | None = None,
 ) -> Post:
     """Make the post of a replica that is about to be submitted, or was found without a record."""
     local = None
@@ -75,6 +85,7 @@ def new(
             submitted=at.wall,
             local=local,
         ),
+        api_key=api_key,
     )
     return Post(record, name, at.now, spec, fixed=_is_fixed(spec, name.port), avoid=avoid)
 
@@ -94,6 +105,8 @@ def recorded(record: Record, spec: ServiceSpec | None, at: Moment) -> Post | Non
     if job is None or name is None:
         return None
     same = spec is not None and spec.start_hash() == record.start_hash
+    if spec is not None and spec.upstream_key and record.api_key is None:
+        same = False  # without its key it would be open to everybody
     return Post(
         record,
         name,
@@ -175,6 +188,7 @@ def sighting(post: Post, job: Job) -> Sighting:
         running_at=job.running_at,
         starts_at=job.starts_at,
         ends_at=job.ends_at,
+        api_key=post.record.api_key,
     )
 
 

@@ -1,6 +1,7 @@
 """Runs replicas as processes of this machine, each in a session of its own.
 
-State: which replicas run, with their ports, under one lock; how they end is the watcher's. On disk
+State: which replicas run, with their ports, under one lock, and the keys that no log may show; how
+they end is the watcher's. On disk
 a record for each, written before the start, so that a later backend finds what this one started: by
 pid and start time, or by marks in the environment if this one died in between.
 
@@ -21,7 +22,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from slurmgate import procfs
+from slurmgate import procfs, upstream_keys
 from slurmgate.errors import StartRefused
 from slurmgate.launchers import local_port, logs, spawn
 from slurmgate.launchers.watcher import Watcher
@@ -66,6 +67,7 @@ class ProcessLauncher:
         self._observer: Observer | None = None
         self._changed = threading.Condition()
         self._replicas: dict[str, _Replica] = {}
+        self._keys: dict[str, str] = {}
         self._closing = False
         self._watcher = Watcher(self._ended)
 
@@ -120,7 +122,7 @@ class ProcessLauncher:
     def log_tail(self, replica: str, lines: int) -> list[str]:
         """Give the last lines a replica printed, also after its end, safe to show."""
         path = self._state.find_log(replica)
-        return [] if path is None else logs.tail(path, lines)
+        return [] if path is None else logs.tail(path, lines, self._keys.get(replica))
 
     def explain(self, replica: str) -> str | None:
         """A process is reached or not: there is nothing to add."""
@@ -188,6 +190,7 @@ class ProcessLauncher:
             created=time.time(),
             log=str(log),
             boot=self._boot,
+            api_key=upstream_keys.make(spec),
         )
         command = [*argv, str(port)]
         self._records.write(record)
@@ -211,15 +214,21 @@ class ProcessLauncher:
             logs.prune(folder, _LOGS_KEPT, spare)
         except OSError as error:  # no reason to fail a good start
             _LOG.warning("service %s: cannot remove old logs: %s", spec.name, error)
+        with self._changed:
+            self._keys = {r: k for r, k in self._keys.items() if self._state.find_log(r)}
 
     def _environment(self, spec: ServiceSpec, record: Record) -> dict[str, str]:
-        return {
+        environ = {
             **os.environ,
             **dict(spec.env),
             "SLURMGATE_PORT": str(record.port),
             "SLURMGATE_SERVICE": spec.name,
             **self._marks(record.replica),
         }
+        environ.pop(upstream_keys.VARIABLE, None)  # ours, when we are somebody's service ourselves
+        if record.api_key is not None:
+            environ[upstream_keys.VARIABLE] = record.api_key
+        return environ
 
     def _marks(self, replica: str) -> dict[str, str]:
         return dict(zip(MARKS, (self._owner, replica), strict=True))
@@ -235,6 +244,8 @@ class ProcessLauncher:
         with self._changed:
             entry = self._replicas[record.replica]
             entry.record = record
+            if record.api_key is not None:
+                self._keys[record.replica] = record.api_key
             self._watcher.follow(record.replica, pid, pidfd, self._marks(record.replica))
             if entry.stopping:
                 self._begin_stop(record)
@@ -336,6 +347,7 @@ def _running(record: Record, pid: int, started_at: float) -> Sighting:
         job_id=str(pid),
         node="localhost",
         running_at=started_at,
+        api_key=record.api_key,
     )
 
 

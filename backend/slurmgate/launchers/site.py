@@ -181,7 +181,7 @@ class Site:
             who = f"service {post.record.service} replica {replica}"
             where = f"not on {', '.join(post.avoid)}" if post.avoid else "wherever it may run"
             log.info("%s: submitting it to %s, %s", who, self.name, where)
-            answer = self._host.submit(post.spec, post.name, post.avoid)
+            answer = self._host.submit(post.spec, post.name, post.avoid, post.key)
             known = True
         except (HostAway, CannotStart, StartRefused) as error:
             known = True

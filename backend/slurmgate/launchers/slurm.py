@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from slurmgate import procfs
+from slurmgate import procfs, upstream_keys
 from slurmgate.errors import CannotStart, SlurmgateError, StartRefused
 from slurmgate.launchers import avoiding, posts
 from slurmgate.launchers.crew import Crew
@@ -224,6 +224,9 @@ class SlurmLauncher:
             site = None if spec is None else self._sites.get(_key(spec))
             if spec is None or site is None or site.crew is not crew:
                 return None
+            if spec.upstream_key and name.start_hash == spec.start_hash():
+                log.info("replica %s: its key is in no record here", name.replica)
+                return None
             known = sum(held.service == spec.name for held in self._held.values())
             if known > spec.replicas.max:  # one more than that may be there while it replaces one
                 return None
@@ -330,7 +333,8 @@ class SlurmLauncher:
                 port = self._counted_port(spec, site)
             self._held[replica] = _Held(site, spec.name, port)
         name = JobName(self.instance, self.owner, replica, port, spec.start_hash(), spec.route_name)
-        return posts.new(spec, name, self._boot, self._moment(), avoid)
+        key = upstream_keys.make(spec)
+        return posts.new(spec, name, self._boot, self._moment(), avoid, key)
 
     def _free_port(self, bounds: tuple[int, int], site: Site) -> int:
         """Choose a port that no replica there has and that was not found taken lately."""

@@ -1,10 +1,10 @@
 """The submission of a job: the shell text that asks sbatch, and what its answer means.
 
 Pure. The environment of a job: everything the login host's shell exports, the ``env`` of the
-service, and SLURMGATE_PORT, _SERVICE and _REPLICA. Where the arguments or the script say
-``--export=NONE`` (or a list), the names of ``env`` and ours are put in that list instead, so that
-only they come from the submitting side. Their values are taken from the environment and never
-stand in an argument, so they may hold anything.
+service, and SLURMGATE_PORT, _SERVICE, _REPLICA and, where its service demands one, _API_KEY. Where
+the arguments or the script say ``--export=NONE`` (or a list), the names of ``env`` and ours are put
+in that list instead, so that only they come from the submitting side. Their values are taken from
+the environment and never stand in an argument, so they may hold anything.
 
 Variables of the login host that would make another submission out of this one are unset: SLURM_*
 (Slurmgate may itself run in a job) and SBATCH_*, except those that name the cluster and the
@@ -18,6 +18,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from slurmgate import upstream_keys
 from slurmgate.launchers import avoiding, sbatch_args
 from slurmgate.launchers.slurm_refusals import MARK, Refusal, refusal
 from slurmgate.model import ServiceSpec
@@ -126,7 +127,12 @@ def script_path(bash_file: str) -> str:
 
 
 def submit_script(
-    spec: ServiceSpec, name: str, replica: str, port: int, avoid: Sequence[str] = ()
+    spec: ServiceSpec,
+    name: str,
+    replica: str,
+    port: int,
+    avoid: Sequence[str] = (),
+    api_key: str | None = None,
 ) -> str:
     """Shell text that submits one job; what it prints is for ``read_submission``.
 
@@ -140,6 +146,8 @@ def submit_script(
         ("SLURMGATE_SERVICE", spec.name),
         ("SLURMGATE_REPLICA", replica),
     ]
+    if api_key is not None:
+        variables.append((upstream_keys.VARIABLE, api_key))
     given_export = sbatch_args.last_value(spec.sbatch_args, "export")
     has_output = sbatch_args.last_value(spec.sbatch_args, "output") is not None
     exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in variables)
@@ -157,6 +165,8 @@ def submit_script(
             f'set -- "$sg_sbatch" {shlex.join(own)} "--export=$sg_export" '
             '${sg_exclude:+"--exclude=$sg_exclude"} '
             f'${{sg_output:+"$sg_output"}} "$sg_script" {port}\n',
+            # The shell must not print these, nor pass on a key that is not of this replica.
+            f"{{ set +xv; }} 2>/dev/null\nunset {upstream_keys.VARIABLE}\n",
             # From here on nothing but "$@" is read: these may be called anything, PATH as well.
             exports,
             '"$@"\n',

@@ -21,7 +21,7 @@ from slurmgate.ssh import script
 from slurmgate.ssh.connection import GRACE
 from slurmgate.ssh.dialing import describe
 from slurmgate.ssh.outcome import HostAway, HostRefused, Output, Unfinished
-from slurmgate.ssh.script import Stream
+from slurmgate.ssh.script import Framed, Stream
 
 HERE = "this machine"
 CHECK_MAX = 5.0
@@ -33,19 +33,17 @@ _FREED_WAIT = 0.2
 _NO_MASTER = b"UNKNOWN port 65535"
 
 
-def run_here(stdin: bytes, nonce: str, timeout: float, clock: Clock, *, login: bool) -> Output:
+def run_here(framed: Framed, clock: Clock, *, login: bool) -> Output:
     """Run a framed script in a shell of this machine."""
-    argv = script.command(timeout, login_shell=login)
-    return _Child(HERE, argv, stdin, nonce, timeout, clock).run()
+    argv = script.command(framed.timeout, login_shell=login)
+    return _Child(HERE, argv, framed, clock).run()
 
 
-def run_through_master(
-    ssh: SshSpec, stdin: bytes, nonce: str, timeout: float, clock: Clock, *, login: bool
-) -> Output:
+def run_through_master(ssh: SshSpec, framed: Framed, clock: Clock, *, login: bool) -> Output:
     """Run a framed script through the running master; HostRefused when there is none."""
     _check_master(ssh)
-    argv = openssh.master_command(ssh, script.remote_command(timeout, login_shell=login))
-    return _Child(describe(ssh), argv, stdin, nonce, timeout, clock).run()
+    argv = openssh.master_command(ssh, script.remote_command(framed.timeout, login_shell=login))
+    return _Child(describe(ssh), argv, framed, clock).run()
 
 
 def _check_master(ssh: SshSpec) -> None:
@@ -74,15 +72,13 @@ def _check_master(ssh: SshSpec) -> None:
 class _Child:
     where: str
     argv: list[str]
-    stdin: bytes
-    nonce: str
-    timeout: float
+    framed: Framed
     clock: Clock
 
     def run(self) -> Output:
-        out, err = Stream(self.nonce), Stream(self.nonce)
+        out, err = self.framed.streams()
         began = self.clock()
-        end = began + self.timeout + GRACE
+        end = began + self.framed.timeout + GRACE
         with self._start() as process:
             assert process.stdout is not None
             assert process.stderr is not None
@@ -94,7 +90,7 @@ class _Child:
                     _kill(process)
         if self._through_master and exit_code == _SSH_FAILED:
             exit_code = self._explain(out, err, began)
-        return script.outcome(self.where, exit_code, out, err, self.timeout, began)
+        return script.outcome(self.where, exit_code, out, err, self.framed.timeout, began)
 
     @property
     def _through_master(self) -> bool:
@@ -105,12 +101,12 @@ class _Child:
         if not out.begun and _NO_MASTER in err.data:
             raise HostAway(f"the master did not take a command for {self.where}: {err.noise()}")
         # ssh says it also of a command that was killed, as timeout(1) does in the end.
-        return script.KILLED if self.clock() - began >= self.timeout else None
+        return script.KILLED if self.clock() - began >= self.framed.timeout else None
 
     def _start(self) -> subprocess.Popen[bytes]:
         # The script is a file without a name: nobody has to feed a pipe while the output is read.
         with os.fdopen(os.memfd_create("script"), "wb+") as file:
-            file.write(self.stdin)
+            file.write(self.framed.stdin)
             file.seek(0)
             try:
                 return subprocess.Popen(
@@ -132,7 +128,8 @@ class _Child:
             while selector.get_map():
                 left = end - self.clock()
                 if left <= 0:
-                    raise Unfinished(f"no answer from {self.where} within {self.timeout:g} s")
+                    limit = self.framed.timeout
+                    raise Unfinished(f"no answer from {self.where} within {limit:g} s")
                 for key, _ in selector.select(left):
                     chunk = os.read(key.fd, _CHUNK)
                     key.data.feed(chunk)

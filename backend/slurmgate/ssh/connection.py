@@ -15,7 +15,7 @@ import paramiko
 
 from slurmgate.ports import Clock
 from slurmgate.ssh.outcome import HostAway, Output, Unfinished
-from slurmgate.ssh.script import KILLED, OUTPUT_MAX, Stream, outcome
+from slurmgate.ssh.script import KILLED, OUTPUT_MAX, Framed, Stream, outcome
 
 CHANNELS_MAX = 6
 GRACE = 5.0
@@ -37,12 +37,10 @@ class NotSent(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A command and its framed script; ``timeout`` is what the other side ends it after."""
+    """A command and the script that it reads."""
 
     command: str
-    stdin: bytes
-    nonce: str
-    timeout: float
+    framed: Framed
 
 
 class Connection:
@@ -140,12 +138,13 @@ class Connection:
 
     def _talk(self, channel: paramiko.Channel, task: Task) -> Output:
         began = self._clock()
-        end = began + task.timeout + GRACE
-        out, err = Stream(task.nonce), Stream(task.nonce)
+        timeout = task.framed.timeout
+        end = began + timeout + GRACE
+        out, err = task.framed.streams()
         try:
             with self._limit(end):
-                channel.settimeout(task.timeout + GRACE)
-                channel.sendall(task.stdin)
+                channel.settimeout(timeout + GRACE)
+                channel.sendall(task.framed.stdin)
                 channel.shutdown_write()
                 self._read(channel, channel.recv, out, end)
                 self._read(channel, channel.recv_stderr, err, end)
@@ -153,7 +152,7 @@ class Connection:
         except TimeoutError as error:
             # timeout(1) on the other side had its chance: nobody is there any more.
             self.retire()
-            raise Unfinished(f"no answer from {self.where} within {task.timeout:g} s") from error
+            raise Unfinished(f"no answer from {self.where} within {timeout:g} s") from error
         except (paramiko.SSHException, EOFError, OSError) as error:
             raise Unfinished(
                 f"the connection to {self.where} was lost while a command was sent"
@@ -161,7 +160,7 @@ class Connection:
         if out.ended:
             # A channel counts at the other side until the command's shell is gone.
             channel.status_event.wait(_FREED_WAIT)
-        return outcome(self.where, exit_code, out, err, task.timeout, began)
+        return outcome(self.where, exit_code, out, err, timeout, began)
 
     def _read(
         self,

@@ -19,7 +19,7 @@ from slurmgate.ssh import children
 from slurmgate.ssh.connection import CHANNELS_MAX, Connection, NotSent, Task
 from slurmgate.ssh.dialing import DIAL_MAX, Dialer, describe
 from slurmgate.ssh.outcome import HostAway, HostRefused, Output
-from slurmgate.ssh.script import frame, remote_command
+from slurmgate.ssh.script import Framed, frame, remote_command
 
 _LOG = logging.getLogger(__name__)
 
@@ -55,19 +55,20 @@ class Remotes:
         setup: tuple[str, ...] = (),
         timeout: float,
         login_shell: bool = False,
+        secret: str | None = None,
     ) -> Output:
         """Run a shell script after the lines of ``setup``; it is ended after ``timeout`` seconds.
 
         HostAway and HostRefused: it was not run. Unfinished: it was sent, and what it did is not
         known. Returns or raises within ``timeout`` and 15 s more, whatever the other side does. One
-        try to connect; who wants another calls again.
+        try to connect; who wants another calls again. ``secret`` is left out of what is printed.
         """
         nonce = secrets.token_hex(8)
-        stdin = frame(script, setup, nonce)
+        framed = Framed(frame(script, setup, nonce), nonce, timeout, secret)
         if ssh is None or ssh.control_path is not None:
-            return self._run_child(ssh, stdin, nonce, timeout, login_shell)
+            return self._run_child(ssh, framed, login=login_shell)
         command = remote_command(timeout, login_shell=login_shell)
-        task = Task(command, stdin, nonce, timeout)
+        task = Task(command, framed)
         return self._run_remote(self._host(ssh), task)
 
     def close(self) -> None:
@@ -79,14 +80,7 @@ class Remotes:
         for host in hosts:
             host.close()
 
-    def _run_child(
-        self,
-        ssh: SshSpec | None,
-        stdin: bytes,
-        nonce: str,
-        timeout: float,
-        login: bool,
-    ) -> Output:
+    def _run_child(self, ssh: SshSpec | None, framed: Framed, *, login: bool) -> Output:
         with self._lock:
             self._check_open()
             slots = self._local_slots.setdefault(ssh, threading.BoundedSemaphore(CHANNELS_MAX))
@@ -95,8 +89,8 @@ class Remotes:
             raise HostAway(f"{CHANNELS_MAX} commands are under way on {where} already")
         try:
             if ssh is None:
-                return children.run_here(stdin, nonce, timeout, self._clock, login=login)
-            return children.run_through_master(ssh, stdin, nonce, timeout, self._clock, login=login)
+                return children.run_here(framed, self._clock, login=login)
+            return children.run_through_master(ssh, framed, self._clock, login=login)
         finally:
             slots.release()
 

@@ -11,6 +11,7 @@ import re
 import shlex
 from dataclasses import dataclass, field
 
+from slurmgate import upstream_keys
 from slurmgate.ssh.outcome import HostAway, HostRefused, Output, Unfinished
 
 OUTPUT_MAX = 8 << 20
@@ -40,6 +41,23 @@ def remote_command(timeout: float, *, login_shell: bool) -> str:
     return "exec " + shlex.join(command(timeout, login_shell=login_shell))
 
 
+@dataclass(frozen=True, slots=True)
+class Framed:
+    """What is sent to ``command``; it is ended after ``timeout`` seconds.
+
+    ``secret`` is left out of what comes back.
+    """
+
+    stdin: bytes = field(repr=False)
+    nonce: str
+    timeout: float
+    secret: str | None = field(default=None, repr=False)
+
+    def streams(self) -> tuple[Stream, Stream]:
+        """Give what reads its output and its errors."""
+        return Stream(self.nonce, self.secret), Stream(self.nonce, self.secret)
+
+
 def frame(script: str, setup: tuple[str, ...], nonce: str) -> bytes:
     """Give the whole standard input of ``command``."""
     lines = (
@@ -65,10 +83,14 @@ def frame(script: str, setup: tuple[str, ...], nonce: str) -> bytes:
 
 @dataclass(slots=True)
 class Stream:
-    """One of the two streams of a command, as it comes in; belongs to the thread that reads it."""
+    """One of the two streams of a command, as it comes in; belongs to the thread that reads it.
+
+    ``secret`` is in none of the texts it gives: shells can be told to print what they run.
+    """
 
     nonce: str
-    data: bytearray = field(default_factory=bytearray)
+    secret: str | None = field(default=None, repr=False)
+    data: bytearray = field(default_factory=bytearray, repr=False)
     _end: re.Match[bytes] | None = None
 
     def feed(self, chunk: bytes) -> None:
@@ -101,11 +123,15 @@ class Stream:
         """Give what the script printed."""
         start = self._begin()
         end = self.data.rfind(f"end-{self.nonce} ".encode())
-        return self.data[start:end].decode(errors="replace") if 0 <= start <= end else ""
+        return self._shown(start, end) if 0 <= start <= end else ""
 
     def noise(self) -> str:
         """Give the last of what was printed, by the script or, before it began, by others."""
-        return self.data[max(self._begin(), 0) :][-_SAID_MAX:].decode(errors="replace").strip()
+        return self._shown(max(self._begin(), 0), len(self.data))[-_SAID_MAX:].strip()
+
+    def _shown(self, start: int, end: int) -> str:
+        said = upstream_keys.hide(bytes(self.data[start:end]), self.secret)
+        return said.decode(errors="replace")
 
     def _begin(self) -> int:
         mark = f"begin-{self.nonce}\n".encode()
