@@ -7,6 +7,7 @@
 local cjson = require "cjson.safe"
 
 local clock = require "gate.clock"
+local keys = require "gate.keys"
 local picker = require "gate.picker"
 local router = require "gate.router"
 local store = require "gate.store"
@@ -175,6 +176,8 @@ function _M.refresh()
         end
         return false
     end
+    -- Whoever sees a new service also knows who may use it.
+    keys.refresh()
     for _ = 1, REREADS do
         local text, at = store.snapshot(stored)
         if text then
