@@ -2,7 +2,8 @@
 -- because those survive named locations; what access acquires, log releases, once.
 --
 -- Shared (through the store), each under this worker's tag: uses and waiting requests of a service,
--- requests on a replica, bytes of held bodies. Running totals of requests have no tag.
+-- requests on a replica, bytes of held bodies. Running totals of requests have no tag. What requests
+-- hold on clients' keys is the business of keys.lua, and given back together with these.
 -- Per worker: ends of uses and answers not yet flushed, number of counts this worker holds, the
 -- replicas its requests are or were on.
 --
@@ -13,6 +14,7 @@
 
 local clock = require "gate.clock"
 local flows = require "gate.flows"
+local keys = require "gate.keys"
 local registry = require "gate.registry"
 local store = require "gate.store"
 
@@ -73,7 +75,11 @@ function _M.drop_replica(var)
     if not id or id == "" then
         return nil
     end
-    store.count(touched[id].count_key, -1)
+    local replica = touched[id]
+    store.count(replica.count_key, -1)
+    if replica.key then
+        keys.take_back(var)
+    end
     flows.finish()
     holding = holding - 1
     var.sg_on = ""
@@ -192,6 +198,7 @@ function _M.release(var, answered)
     if var.sg_use == "1" then
         end_use(name, clock.now())
     end
+    keys.release(var)
     return name
 end
 
@@ -204,6 +211,7 @@ function _M.abandon(var)
         end_use(var.sg_service, clock.now())
         var.sg_use = ""
     end
+    keys.release(var)
 end
 
 -- Bytes of a long answer count as an answer, but lift no suspicion: what a replica wrote before it

@@ -10,6 +10,7 @@ local ngx_balancer = require "ngx.balancer"
 local activity = require "gate.activity"
 local clock = require "gate.clock"
 local flows = require "gate.flows"
+local keys = require "gate.keys"
 local picker = require "gate.picker"
 local registry = require "gate.registry"
 local store = require "gate.store"
@@ -106,6 +107,9 @@ function _M.admit(var, service)
             if store.version() == registry.version() then
                 local full = not within_bound(service, replica)
                 if not full and within_pace(replica, n) then
+                    if replica.key then
+                        keys.lend(var, replica.key)
+                    end
                     return replica
                 end
                 activity.drop_replica(var)

@@ -7,6 +7,7 @@
 local activity = require "gate.activity"
 local clock = require "gate.clock"
 local health = require "gate.health"
+local keys = require "gate.keys"
 local notifier = require "gate.notifier"
 local registry = require "gate.registry"
 local rooms = require "gate.rooms"
@@ -59,6 +60,7 @@ end
 
 local function duties()
     local now = clock.now()
+    keys.refresh()
     registry.refresh()
     activity.flush()
     eager = rooms.advance_all()

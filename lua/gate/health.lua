@@ -81,6 +81,7 @@ local function poll(_, poller, replica)
     local health = replica.service.health
     local done, answer, err = pcall(http.request, {
         endpoint = replica.endpoint, method = "GET", path = health.path, timeout = health.timeout,
+        headers = replica.key and { Authorization = "Bearer " .. replica.key },
         limit = BODY_LIMIT, status_only = true, settle = settle(replica),
     })
     if not done then

@@ -279,8 +279,11 @@ end
 --- is held for, nil while nobody knows.
 function _M.still(var, service)
     local user = var.sg_user
-    if user == "" or not required or (service and service.public) then
+    if not required or (service and service.public) then
         return true
+    elseif user == "" then
+        -- It came when no key was needed; now its service is not started for it.
+        return not service or nil, "unauthorized"
     end
     local entry = who(var)
     if entry == nil and var.sg_relayed == "1" then

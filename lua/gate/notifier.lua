@@ -1,6 +1,6 @@
--- The exchange with the backend: what the gate knows goes up, the snapshot comes down when it is
--- another. Level-triggered: losing a call loses nothing. Calls run in a timer of their own, so a
--- backend that hangs blocks nobody.
+-- The exchange with the backend: what the gate knows goes up; the snapshot and the clients' keys
+-- come down when they are others. Level-triggered: losing a call loses nothing. Calls run in a timer
+-- of their own, so a backend that hangs blocks nobody.
 --
 -- Per worker: whether a call is under way or asked for, when the last one began, whether the
 -- backend answered it, how many admin calls are under way. Shared (through the store): when any
@@ -11,6 +11,7 @@ local cjson = require "cjson.safe"
 local activity = require "gate.activity"
 local clock = require "gate.clock"
 local http = require "gate.http"
+local keys = require "gate.keys"
 local registry = require "gate.registry"
 local settings = require "gate.settings"
 local store = require "gate.store"
@@ -53,9 +54,13 @@ local function recent(what, now)
 end
 
 local function compose(now)
+    keys.refresh()
     registry.refresh()
-    local version = registry.version()
-    local up = { gate = store.boot_id(), snapshot = cjson.null, services = {}, replicas = {} }
+    local version, of_keys = registry.version(), keys.version()
+    local up = {
+        gate = store.boot_id(), snapshot = cjson.null, keys = of_keys or cjson.null,
+        services = {}, replicas = {},
+    }
     if version then
         local epoch, n = store.parse_version(version)
         up.snapshot = { epoch = epoch, n = n }
@@ -72,7 +77,8 @@ local function compose(now)
             health = health, detail = detail,
         }
     end
-    return cjson.encode(up), version
+    up.key_use = keys.report(tags)
+    return cjson.encode(up), { snapshot = version, keys = of_keys }
 end
 
 local function keep_unknown(down)
@@ -112,19 +118,34 @@ local function end_leases(entries, now)
     end
 end
 
-local function take(body, basis)
-    local down = cjson.decode(body)
-    local version = down and down.version
-    if not version or not down.services then
-        return nil, "answer without version or services"
-    end
+local function take_snapshot(down, body, basis)
     end_leases(down.services, clock.now())
     local text = keep_unknown(down) or body
-    local name = format("%s:%d", version.epoch, version.n)
+    local name = format("%s:%d", down.version.epoch, down.version.n)
     if store.put_snapshot(basis, name, text, clock.now()) then
         registry.refresh()
         on_change()
         asked_again = asked_again or recent("seen:hurry", last_call) or any_draining()
+    end
+end
+
+-- The keys come first: nobody may see a service before it is known who may use it.
+local function take(body, basis)
+    local down = cjson.decode(body)
+    local listed = down and down.version and down.services
+    if not listed and not (down and down.keys) then
+        return nil, "answer without version or services"
+    end
+    if down.keys then
+        local ok, err = keys.put(basis.keys, down.keys)
+        if not ok then
+            -- Another worker's call was quicker: the next answer fits what it brought.
+            asked_again = keys.version() ~= basis.keys
+            return asked_again or nil, err
+        end
+    end
+    if listed then
+        take_snapshot(down, body, basis.snapshot)
     end
     return true
 end
