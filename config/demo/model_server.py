@@ -67,6 +67,8 @@ class ModelServer:
                 web.get("/health", self.health),
                 web.get("/v1/models", self.models),
                 web.post("/v1/chat/completions", self.chat),
+                web.post("/v1/embeddings", self.embeddings),
+                web.post("/v1/messages", self.messages),
                 web.post("/generate", self.generate),
                 web.get("/ws", self.websocket),
                 web.route("*", "/echo", self.echo),
@@ -106,6 +108,54 @@ class ModelServer:
         choice = {"index": 0, "delta": {}, "finish_reason": "stop"}
         await _event(response, self._completion("chat.completion.chunk", choice))
         await _end_events(response)
+        return response
+
+    async def embeddings(self, request: web.Request) -> web.Response:
+        """A vector for each input, always the same for the same text."""
+        body = await _json_object(request)
+        given = body.get("input", "")
+        texts = given if isinstance(given, list) else [given]
+        data = [
+            {"object": "embedding", "index": index, "embedding": _vector(str(text))}
+            for index, text in enumerate(texts)
+        ]
+        usage = {"prompt_tokens": len(texts), "total_tokens": len(texts)}
+        answer = {"object": "list", "model": self._settings.model, "data": data, "usage": usage}
+        return web.json_response(answer)
+
+    async def messages(self, request: web.Request) -> web.StreamResponse:
+        """A message in Anthropic's shape, whole or token by token."""
+        body = await _json_object(request)
+        tokens = self._tokens(_last_message(body), _number(body, "max_tokens", 16))
+        message: dict[str, Any] = {
+            "id": "demo",
+            "type": "message",
+            "role": "assistant",
+            "model": self._settings.model,
+            "content": [],
+            "stop_reason": None,
+            "stop_sequence": None,
+            "usage": {"input_tokens": 1, "output_tokens": 1},
+        }
+        if not body.get("stream"):
+            text = "".join([token async for token in tokens])
+            content = [{"type": "text", "text": text}]
+            return web.json_response({**message, "content": content, "stop_reason": "end_turn"})
+        response = await _event_stream(request)
+        await _named_event(response, {"type": "message_start", "message": message})
+        block = {"type": "text", "text": ""}
+        start = {"type": "content_block_start", "index": 0, "content_block": block}
+        await _named_event(response, start)
+        async for token in tokens:
+            delta = {"type": "text_delta", "text": token}
+            event = {"type": "content_block_delta", "index": 0, "delta": delta}
+            await _named_event(response, event)
+        await _named_event(response, {"type": "content_block_stop", "index": 0})
+        end = {"stop_reason": "end_turn", "stop_sequence": None}
+        usage = {"output_tokens": 1}
+        await _named_event(response, {"type": "message_delta", "delta": end, "usage": usage})
+        await _named_event(response, {"type": "message_stop"})
+        await response.write_eof()
         return response
 
     async def generate(self, request: web.Request) -> web.StreamResponse:
@@ -209,6 +259,14 @@ async def _event_stream(request: web.Request) -> web.StreamResponse:
     response = web.StreamResponse(headers=headers)
     await response.prepare(request)
     return response
+
+
+def _vector(text: str) -> list[float]:
+    return [byte / 255 for byte in hashlib.sha256(text.encode()).digest()]
+
+
+async def _named_event(response: web.StreamResponse, event: dict[str, Any]) -> None:
+    await response.write(f"event: {event['type']}\ndata: {json.dumps(event)}\n\n".encode())
 
 
 async def _event(response: web.StreamResponse, event: dict[str, Any]) -> None:

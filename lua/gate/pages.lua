@@ -4,6 +4,7 @@
 -- nobody sees less than what the gate had done before he asked. Per worker: fetches under way.
 -- Shared (through the store): the copies, and how often each was fetched.
 
+local cjson = require "cjson.safe"
 local semaphore = require "ngx.semaphore"
 
 local activity = require "gate.activity"
@@ -12,9 +13,13 @@ local http = require "gate.http"
 local notifier = require "gate.notifier"
 local problem = require "gate.problem"
 local registry = require "gate.registry"
+local routing = require "gate.routing"
 local settings = require "gate.settings"
 local store = require "gate.store"
 
+local concat = table.concat
+local format = string.format
+local ipairs = ipairs
 local sleep = ngx.sleep
 local timer_at = ngx.timer.at
 local tonumber = tonumber
@@ -26,6 +31,7 @@ local JOBS = 4    -- waited for at most: one that began before the request came 
 local FETCH_TIMEOUT_S = 10
 local JOB_TIMEOUT_S = FETCH_TIMEOUT_S + 2
 local PAGE_LIMIT = 64 * 1024 * 1024
+local NEVER = "1970-01-01T00:00:00Z" -- nobody knows when a model was made
 
 local fetching = {} -- page key → job
 
@@ -144,13 +150,19 @@ local function backend_page(var)
     return answer(tonumber(status), content_type, text:sub(line_end + 1))
 end
 
+local function encode(value)
+    return (cjson.encode(value):gsub("\\/", "/"))
+end
+
 local function reading(var)
     local method = var.request_method
     return method == "GET" or method == "HEAD"
 end
 
 local function admin(var)
-    if var.request_method ~= "POST" then
+    if var.sg_private ~= "1" then
+        return problem.send("forbidden", {})
+    elseif var.request_method ~= "POST" then
         return problem.send("method-not-allowed", { allow = "POST" })
     end
     if (tonumber(var.http_content_length) or 0) > settings.admin_max_body then
@@ -160,6 +172,46 @@ local function admin(var)
     var.sg_admin = "1"
     notifier.hurry()
     return ngx.exec("@api")
+end
+
+-- One entry in the shapes of both OpenAI and Anthropic, whose clients each look at their own fields
+local function model_entry(name)
+    local service = registry.by_model(name)
+    return {
+        id = name, object = "model", type = "model", owned_by = service.name,
+        display_name = name, created = 0, created_at = NEVER, state = service.state,
+    }
+end
+
+-- Written by hand around the entries: the encoder cannot tell an empty list from an object.
+local function model_list(names)
+    local entries = {}
+    for i, name in ipairs(names) do
+        entries[i] = encode(model_entry(name))
+    end
+    return format('{"object":"list","data":[%s],"has_more":false,"first_id":%s,"last_id":%s}\n',
+        concat(entries, ","), encode(names[1] or cjson.null), encode(names[#names] or cjson.null))
+end
+
+local function models(var)
+    var.sg_api = "openai"
+    if not registry.version() then
+        return problem.send("not-ready", {})
+    end
+    local key, code = routing.caller(var)
+    if code then
+        return problem.send(code, {})
+    end
+    local name = var.request_uri:match("^/v1/models/([^?]+)")
+    if not name then
+        return answer(200, "application/json", model_list(routing.models_for(key)))
+    end
+    name = ngx.unescape_uri(name:gsub("+", "%%2B"))
+    local service = registry.by_model(name)
+    if not service or not routing.open_to(key, service) then
+        return problem.send(routing.no_such_model(name, key))
+    end
+    return answer(200, "application/json", encode(model_entry(name)) .. "\n")
 end
 
 --- The backend has answered an admin call, and nobody has its answer yet.
@@ -179,8 +231,6 @@ end
 function _M.answer(var, kind)
     if kind == "admin" then
         return admin(var)
-    elseif kind == "openai" then
-        return problem.send("no-such-route", {})
     elseif not reading(var) then
         return problem.send("method-not-allowed", { allow = "GET, HEAD" })
     elseif kind == "healthz" then
@@ -192,6 +242,8 @@ function _M.answer(var, kind)
             return problem.send("not-ready", {})
         end
         return answer(200, "application/json", '{"status":"ready"}\n')
+    elseif kind == "models" then
+        return models(var)
     elseif kind == "metrics" and var.sg_private ~= "1" then
         return problem.send("forbidden", {})
     end

@@ -9,14 +9,16 @@ local notifier = require "gate.notifier"
 local pages = require "gate.pages"
 local problem = require "gate.problem"
 local registry = require "gate.registry"
+local relay = require "gate.relay"
 local rooms = require "gate.rooms"
 local router = require "gate.router"
+local routing = require "gate.routing"
 local store = require "gate.store"
 
 local CLIENT_GONE = 499
 
 local PAGES = {
-    page = true, metrics = true, healthz = true, readyz = true, openai = true, admin = true,
+    page = true, metrics = true, healthz = true, readyz = true, models = true, admin = true,
 }
 
 -- What a newer snapshot may answer otherwise
@@ -36,8 +38,12 @@ function _M.init_worker()
     duties.start()
 end
 
-local function serve(var, target, query)
+-- To a replica, or to the waiting room
+local function pass(var, target, query)
     local service = target.service
+    if service.prefix_affinity and #service.routable > 1 then
+        routing.look_into(var)
+    end
     activity.arrive(var, target, query)
     if not rooms.busy(service) and balancer.admit(var, service) then
         var.sg_tries = "1"
@@ -49,6 +55,28 @@ local function serve(var, target, query)
         return problem.send("no-such-route", {})
     end
     return hold.enter(var, service)
+end
+
+local function serve(var, target, query)
+    local service = target.service
+    if routing.guarded(service) then
+        local ok, code, facts = routing.check(var, service)
+        if not ok then
+            return problem.send(code, facts or {})
+        end
+    end
+    return pass(var, target, query)
+end
+
+-- The body says which service is meant.
+local function serve_by_model(var)
+    local target, query, facts = routing.find(var)
+    if target then
+        return pass(var, target, query)
+    elseif query then
+        return problem.send(query, facts or {})
+    end
+    return hold.enter(var, nil)
 end
 
 --- A request came.
@@ -65,6 +93,8 @@ function _M.access()
     end
     if kind == "service" then
         return serve(var, target, query)
+    elseif kind == "api" then
+        return serve_by_model(var)
     elseif PAGES[kind] then
         return pages.answer(var, kind)
     elseif kind == "no-such-route" and not registry.complete() then
@@ -81,6 +111,16 @@ end
 --- A try failed before the service's answer began.
 function _M.again()
     return hold.again(ngx.var)
+end
+
+--- A held stream begins to send comment lines.
+function _M.relay()
+    return relay.answer(ngx.var)
+end
+
+--- What such a stream asks of the gate again came in by the inner listener.
+function _M.inner()
+    return hold.resume(ngx.var)
 end
 
 --- nginx asks where to connect to.

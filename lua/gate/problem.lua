@@ -1,14 +1,14 @@
 -- The one table of everything the gate can refuse, and how it is said: code → status, body,
 -- Retry-After. `render` is pure and loads without nginx; `send` writes the answer. No state.
 
-local cjson = require "cjson.safe"
+local shapes = require "gate.shapes"
 
 local ceil = math.ceil
 local max = math.max
 local min = math.min
+local pairs = pairs
 
 local RETRY_LIMIT = 60 -- client libraries give up on longer ones
-local TYPE_PREFIX = "https://slurmgate.dev/problems/"
 
 -- retry: seconds, or "estimate": the service's own estimate, with `default` where there is none
 local CODES = {
@@ -24,6 +24,8 @@ local CODES = {
         detail = "No service has this route." },
     ["path-not-allowed"] = { status = 404, title = "Path not allowed",
         detail = "The service exists, but this path of it is not open." },
+    ["bad-body"] = { status = 400, title = "Body not acceptable",
+        detail = "The body does not say which model is meant." },
     ["no-such-model"] = { status = 404, title = "No such model",
         detail = "No service offers this model." },
     ["method-not-allowed"] = { status = 405, title = "Method not allowed",
@@ -38,6 +40,10 @@ local CODES = {
         detail = "The request headers are larger than this gate takes." },
     ["too-many-waiting"] = { status = 429, title = "Too many waiting", retry = "estimate",
         default = 5, detail = "The waiting room of this service is full." },
+    ["too-many-requests"] = { status = 429, title = "Too many requests", retry = "estimate",
+        default = 60, detail = "This key may not be used more often within a minute." },
+    ["too-many-in-flight"] = { status = 429, title = "Too many at once", retry = "estimate",
+        default = 1, detail = "This key may not be used for more requests at once." },
     ["internal"] = { status = 500, title = "Internal error",
         detail = "The gate failed; its error log says why." },
     ["upstream-failed"] = { status = 502, title = "Service failed",
@@ -95,50 +101,31 @@ function _M.retry_after(code, estimate)
     return min(RETRY_LIMIT, max(1, ceil(true_value))), true_value
 end
 
-local function openai_body(entry, code, facts)
-    local kind = entry.status < 500 and "invalid_request_error" or "server_error"
-    return { error = {
-        message = facts.detail or entry.detail, type = kind, code = code, param = cjson.null,
-    } }
-end
-
-local function problem_body(entry, code, facts, true_retry)
-    return {
-        type = TYPE_PREFIX .. code,
-        title = entry.title,
-        status = entry.status,
-        detail = facts.detail or entry.detail,
-        service = facts.service,
-        state = facts.state,
-        reason = facts.reason,
-        -- An empty list would be written as an object.
-        log = facts.private and facts.log and facts.log[1] and facts.log or nil,
-        retry_after_s = true_retry,
-    }
-end
-
---- Status, headers and body of a problem. `facts`: detail, service, state, reason, log, estimate,
---- private (the client may see log lines and reasons), openai (the other body shape), allow.
+--- Status, headers and body of a problem. `facts`: detail, param, service, state, reason, log,
+--- estimate, private (the client may see log lines and reasons), shape (see shapes), allow, headers
+--- (more of them).
 function _M.render(code, facts)
     local entry = CODES[code]
     local retry, true_retry = _M.retry_after(code, facts.estimate)
-    local body, content_type
-    if facts.openai then
-        body, content_type = openai_body(entry, code, facts), "application/json"
-    else
-        body = problem_body(entry, code, facts, true_retry)
-        content_type = "application/problem+json"
-    end
-    -- The encoder puts a backslash before each slash, which JSON allows and people stumble over.
-    local text = cjson.encode(body):gsub("\\/", "/") .. "\n"
-    return entry.status, {
+    local text, content_type = shapes.render(facts.shape, {
+        code = code, status = entry.status, title = entry.title,
+        detail = facts.detail or entry.detail, param = facts.param, service = facts.service,
+        state = facts.state, reason = facts.reason, retry_after_s = true_retry,
+        -- An empty list would be written as an object.
+        log = facts.private and facts.log and facts.log[1] and facts.log or nil,
+    })
+    local headers = {
         ["Content-Type"] = content_type,
         ["Content-Length"] = #text,
         ["Retry-After"] = retry,
         ["Allow"] = facts.allow,
         ["WWW-Authenticate"] = entry.challenge,
         ["Cache-Control"] = "no-store",
-    }, text
+    }
+    for name, value in pairs(facts.headers or {}) do
+        headers[name] = value
+    end
+    return entry.status, headers, text
 end
 
 -- What is left of an estimate of a moment `age` seconds ago
@@ -171,7 +158,10 @@ end
 --- Answer the current request with a problem and end it. Does not return.
 function _M.send(code, facts)
     local var = ngx.var
-    facts.openai = ((var.request_uri or "") .. "?"):find("^/v1[/?]") ~= nil
+    facts.shape = var.sg_api
+    if facts.shape == "" then -- nginx may refuse a request before Lua has seen it
+        facts.shape = shapes.of((var.request_uri or ""):match("^[^?]*"))
+    end
     local status, headers, text = _M.render(code, facts)
     var.sg_problem = code
     -- Empty ones add no header: this answer went through no service.

@@ -12,6 +12,7 @@ local store = require "gate.store"
 local ipairs = ipairs
 local max = math.max
 local min = math.min
+local pairs = pairs
 local tonumber = tonumber
 local type = type
 
@@ -40,16 +41,19 @@ function _M.wish()
     return nil
 end
 
---- Answer a request with a problem; it gives back all it holds. Does not return.
-function _M.send(var, code, detail)
+--- Answer a request with a problem; it gives back all it holds. `more` are facts beside those about
+--- its service. Does not return.
+function _M.send(var, code, more)
     local service = registry.find(var.sg_service)
     activity.abandon(var)
     if not service then
-        return problem.send(code, { detail = detail })
+        return problem.send(code, more or {})
     end
     local now = clock.now()
     local facts = problem.service_facts(service, var.sg_private == "1", code, now)
-    facts.detail = detail
+    for name, value in pairs(more or {}) do
+        facts[name] = value
+    end
     if code == "hold-timeout" and balancer.full(service) then
         -- The backend's estimate is of a start, and this service runs.
         facts.detail, facts.estimate = ALL_TAKEN, nil

@@ -29,6 +29,8 @@ local complete = false -- false while the backend could not tell about every ser
 local services = {}
 local by_name = {}
 local by_route = {}
+local by_model = {}
+local models = {}      -- names, in the order of the configuration
 local replicas = {}
 local matches = {} -- raw path → what router.match said of it
 local matches_kept = 0
@@ -111,7 +113,7 @@ local function compile_service(entry, known, at, before)
         cors = value(entry.cors), -- nil: the gate's
         use_key = store.tag() .. ":u:" .. entry.name, requests_key = "requests:" .. entry.name,
         busy_key = "busy:" .. entry.name,
-        replicas = {}, routable = {},
+        replicas = {}, routable = {}, targets = {},
     }
     local refusal = value(entry.refusal)
     if refusal then
@@ -123,7 +125,7 @@ local function compile_service(entry, known, at, before)
     for i, replica in ipairs(entry.replicas) do
         service.replicas[i] = compile_replica(replica, known, service, at)
     end
-    if service.affinity then
+    if service.affinity or service.prefix_affinity then
         service.ring = compile_ring(service, before and before.ring)
     end
     return service
@@ -143,9 +145,17 @@ local function list_routable()
     end
 end
 
+local function offer_models(service)
+    for _, name in ipairs(service.models) do
+        by_model[name] = service
+        models[#models + 1] = name
+    end
+end
+
 local function compile(new_version, snapshot, at)
     local known, known_services = replicas, by_name
     services, by_name, by_route, replicas, complete = {}, {}, {}, {}, true
+    by_model, models = {}, {}
     for _, entry in ipairs(snapshot.services) do
         if entry.unknown == true and not entry.route_name then
             complete = false
@@ -155,6 +165,7 @@ local function compile(new_version, snapshot, at)
             by_name[service.name] = service
             if not service.retired then
                 by_route[service.route] = service
+                offer_models(service)
             end
             for _, replica in ipairs(service.replicas) do
                 replicas[replica.id] = replica
@@ -243,6 +254,30 @@ function _M.find(name)
         return service
     end
     return nil
+end
+
+--- The service that offers a model, or nil.
+function _M.by_model(name)
+    return by_model[name]
+end
+
+--- Names of all models that services offer.
+function _M.models()
+    return models
+end
+
+--- What a raw path is of a service found otherwise than by it; answers are kept, as by `match`.
+function _M.target(service, path)
+    local target = service.targets[path]
+    if not target then
+        target = router.target(service, path)
+        if matches_kept >= MATCHES_KEPT then
+            return target
+        end
+        service.targets[path] = target
+        matches_kept = matches_kept + 1
+    end
+    return target
 end
 
 --- A replica by id, or nil.

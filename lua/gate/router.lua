@@ -18,17 +18,19 @@ local OWN_PATHS = {
     ["/metrics"] = "metrics",
     ["/healthz"] = "healthz",
     ["/readyz"] = "readyz",
+    ["/v1/models"] = "models",
     ["/enable_service_management"] = "admin",
     ["/disable_service_management"] = "admin",
     ["/kill_disable_service_management"] = "admin",
 }
-local OWN_SEGMENTS = { v1 = "openai", admin = "admin" }
+local OWN_SEGMENTS = { v1 = "api", admin = "admin" }
 -- The same with the name of a route or service behind: a name is never empty.
 local OWN_NAMED = {
     { pattern = "^/check_[^/]+$", kind = "page" },
     { pattern = "^/demand_[^/]+$", kind = "admin" },
     { pattern = "^/info/.", kind = "page" },
 }
+local MODEL_NAMED = "^/v1/models/."
 
 local _M = {}
 
@@ -88,7 +90,7 @@ function _M.under(prefixes, path)
 end
 
 local function own_page(path, segment)
-    local kind = OWN_PATHS[path] or OWN_SEGMENTS[segment]
+    local kind = OWN_PATHS[path]
     if kind then
         return kind
     end
@@ -97,7 +99,7 @@ local function own_page(path, segment)
             return own.kind
         end
     end
-    return nil
+    return OWN_SEGMENTS[segment]
 end
 
 --- A path with everything but printable ASCII percent-encoded; nil if it needs no change.
@@ -110,26 +112,33 @@ function _M.printable(path)
     end))
 end
 
+--- What a raw path of a service is to the gate: a table with `kind` ("service", or the code of a
+--- problem), `service`, `path` (what the service is asked), `passive` (asking it wakes nobody).
+function _M.target(service, path)
+    if not _M.under(service.api_prefixes, path) then
+        return { kind = "path-not-allowed", service = service }
+    end
+    local passive = _M.under(service.no_wake, path)
+    return { kind = "service", service = service, path = path, passive = passive }
+end
+
 --- Match a raw path (without query) against `routes`: route name → service, whose `api_prefixes`
---- and `no_wake` are prepared. Returns a table: `kind` ("service", an own page's kind, or the code
---- of a problem), `service`, `path` (what the service is asked), `passive` (asking it wakes
---- nobody).
+--- and `no_wake` are prepared. Returns what `target` says, or a table with an own page's kind or
+--- the code of a problem as `kind`; with kind "api" the `path`, for which a body names the service.
 function _M.match(routes, path)
-    if not _M.safe(path) then
+    if find(path, MODEL_NAMED) then
+        -- A name may have slashes, and clients encode them.
+        return { kind = "models" }
+    elseif not _M.safe(path) then
         return { kind = "bad-path" }
     end
     local slash = find(path, "/", 2, true)
     local segment = sub(path, 2, slash and slash - 1 or -1)
     local service = routes[segment]
     if not service then
-        return { kind = own_page(path, segment) or "no-such-route" }
+        return { kind = own_page(path, segment) or "no-such-route", path = path }
     end
-    local rest = slash and sub(path, slash) or "/"
-    if not _M.under(service.api_prefixes, rest) then
-        return { kind = "path-not-allowed", service = service }
-    end
-    local passive = _M.under(service.no_wake, rest)
-    return { kind = "service", service = service, path = rest, passive = passive }
+    return _M.target(service, slash and sub(path, slash) or "/")
 end
 
 return _M

@@ -227,6 +227,7 @@ class EchoService:
             "method": handler.command,
             "path": path,
             "length": len(body),
+            "body": body[:4096].decode("latin-1"),
             "headers": dict(handler.headers),
         }
         handler.reply(200, json.dumps(echo).encode())

@@ -96,8 +96,8 @@ def test_a_refused_body_is_not_taken_for_the_next_request(ready: Gate) -> None:
 def test_problems_under_v1_have_the_openai_shape(ready: Gate) -> None:
     for path in ("/v1", "/v1/chat/completions"):
         answer = ready.get(path, "POST", b"{}")
-        assert answer.status == 404
-        assert answer.json["error"]["code"] == "no-such-route"
+        assert answer.status == 400
+        assert answer.json["error"]["code"] == "bad-body"
 
 
 def test_a_head_request_has_no_body(ready: Gate) -> None:

@@ -44,7 +44,7 @@ describe("a problem", function()
     end)
 
     it("has the shape of the OpenAI API where that is spoken", function()
-        local _, headers, body = render("no-such-model", { openai = true })
+        local _, headers, body = render("no-such-model", { shape = "openai" })
         assert.are.equal("application/json", headers["Content-Type"])
         assert.are.equal("no-such-model", body.error.code)
         assert.are.equal("invalid_request_error", body.error.type)

@@ -69,7 +69,8 @@ describe("match", function()
         local kinds = {
             ["/"] = "page", ["/info"] = "page", ["/info/LLM"] = "page", ["/check_llm"] = "page",
             ["/metrics"] = "metrics", ["/healthz"] = "healthz", ["/readyz"] = "readyz",
-            ["/v1/models"] = "openai", ["/admin/reload"] = "admin", ["/demand_llm"] = "admin",
+            ["/v1/models"] = "models", ["/v1/models/a%2Fb"] = "models", ["/v1/chat"] = "api",
+            ["/admin/reload"] = "admin", ["/demand_llm"] = "admin",
             ["/enable_service_management"] = "admin",
         }
         for path, kind in pairs(kinds) do

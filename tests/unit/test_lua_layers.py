@@ -14,16 +14,17 @@ LAYERS = (
     {"phases"},
     {"duties", "pages"},
     {"hold", "health"},
-    {"refusal", "rooms"},
-    {"balancer", "bodies", "notifier"},
+    {"routing", "refusal", "rooms"},
+    {"balancer", "bodies", "notifier", "payload", "cors"},
     {"activity"},
     {"registry"},
-    {"router", "picker", "prefer", "queue", "problem", "http"},
-    {"store", "settings"},
-    {"clock", "client", "flows"},
+    {"keys"},
+    {"router", "picker", "prefer", "queue", "problem", "http", "limits"},
+    {"shapes", "store", "settings"},
+    {"clock", "client", "flows", "scanner", "multipart"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-PURE = ("router", "picker", "prefer", "queue")
+PURE = ("router", "picker", "prefer", "queue", "shapes")
 
 COMMENT = re.compile(r"--\[(=*)\[.*?\]\1\]|--[^\n]*", re.DOTALL)
 REQUIRE = re.compile(r"""\brequire\b\s*\(?\s*(?:"([^"]*)"|'([^']*)'|(\S+))""")
