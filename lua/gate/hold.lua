@@ -7,10 +7,12 @@ local balancer = require "gate.balancer"
 local bodies = require "gate.bodies"
 local client = require "gate.client"
 local clock = require "gate.clock"
+local keys = require "gate.keys"
 local notifier = require "gate.notifier"
 local refusal = require "gate.refusal"
 local registry = require "gate.registry"
 local rooms = require "gate.rooms"
+local routing = require "gate.routing"
 
 local format = string.format
 local max = math.max
@@ -24,7 +26,9 @@ local LEAST_WAIT_S = 0.001
 local MAX_TRIES = 9        -- nginx allows ten internal redirects; the way here took one
 local RETRY_MIN_S, RETRY_MAX_S = 0.01, 0.05
 local UNKNOWN_MAX_WAITING = 10000
-local TOO_MANY_BYTES = "Bodies of waiting requests take as many bytes as may be held."
+local TOO_MANY_BYTES = {
+    detail = "Bodies of waiting requests take as many bytes as may be held.",
+}
 
 local _M = {}
 
@@ -46,11 +50,9 @@ end
 
 -- The first snapshot may tell what the request is for.
 local function find_out(var, waiter)
-    local target, query = registry.match(var.request_uri)
-    if target.kind == "no-such-route" and not registry.complete() then
-        return nil
-    elseif target.kind ~= "service" then
-        return nil, target.kind
+    local target, query, facts = routing.find(var)
+    if not target then
+        return nil, query, facts
     end
     local service = target.service
     rooms.move(waiter, service.name)
@@ -80,18 +82,21 @@ local function without_service(var, sent)
     return (sent or var.sg_sent_to ~= "") and "upstream-failed" or "no-such-route"
 end
 
--- One look at everything a waiter waits for: a replica, or the code of what ends the wait, or
--- neither.
+-- One look at everything a waiter waits for: a replica, or the code (and facts) of what ends the
+-- wait, or neither.
 local function look(var, waiter, wish)
-    local service, code
+    local service, code, facts
     if waiter.name == rooms.UNKNOWN then
-        service, code = find_out(var, waiter)
+        service, code, facts = find_out(var, waiter)
         if not service then
             waiter.granted = false
-            return nil, code or (refusal.too_late(var, nil, wish) and "not-ready" or nil)
+            return nil, code or (refusal.too_late(var, nil, wish) and "not-ready" or nil), facts
         end
     else
         service = registry.find(waiter.name)
+    end
+    if not keys.still(var) then
+        return nil, "unauthorized"
     end
     if service and lost_twice(var) then
         return nil, "upstream-failed"
@@ -136,13 +141,13 @@ local function wait(var, since)
     local wish = refusal.wish()
     while true do
         registry.refresh()
-        local replica, code = look(var, waiter, wish)
+        local replica, code, facts = look(var, waiter, wish)
         if replica then
             return go_on(var, waiter)
         elseif code then
             rooms.leave(var, waiter)
             note_waited(var, waiter)
-            return refusal.send(var, code)
+            return refusal.send(var, code, facts)
         end
         local last_look = tonumber(var.sg_since) + (wish or math.huge) - clock.now()
         local woken = waiter.semaphore:wait(max(LEAST_WAIT_S, min(LOOK_EVERY_S, last_look)))
