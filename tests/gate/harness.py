@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import getpass
 import grp
+import hashlib
 import json
 import os
 import re
@@ -62,7 +63,9 @@ class FakeBackend:
         self.on_call: Callable[[str, str], None] = lambda method, path: None
         self._epoch = "0001"
         self._n = 0
+        self._keys_made = 0
         self._services: list[dict[str, Any]] | None = None
+        self._keys: dict[str, Any] | None = None
         self._lock = threading.Lock()
         self._servers: list[_UnixServer] = []
 
@@ -89,6 +92,14 @@ class FakeBackend:
             self._services = list(services)
             return f"{self._epoch}:{self._n}"
 
+    def publish_keys(self, *entries: dict[str, Any], required: bool = True) -> str:
+        """Make a new list of clients' keys; returns its version."""
+        with self._lock:
+            self._keys_made += 1
+            version = f"k{self._keys_made}"
+            self._keys = {"version": version, "required": required, "entries": list(entries)}
+            return version
+
     @property
     def version(self) -> dict[str, Any]:
         return {"epoch": self._epoch, "n": self._n}
@@ -106,13 +117,22 @@ class FakeBackend:
             return found
         return {}
 
+    def key_note(self, name: str) -> dict[str, Any]:
+        for note in reversed(self.notes[-1:]):
+            found: dict[str, Any] = note["key_use"].get(name, {})
+            return found
+        return {}
+
     def _answer(self, note: dict[str, Any]) -> bytes | None:
         self.on_note(note)
+        answer: dict[str, Any] = {}
         with self._lock:
             self.notes.append(note)
-            if self._services is None or note["snapshot"] == self.version:
-                return None
-            return json.dumps({"version": self.version, "services": self._services}).encode()
+            if self._services is not None and note["snapshot"] != self.version:
+                answer = {"version": self.version, "services": self._services}
+            if self._keys is not None and note["keys"] != self._keys["version"]:
+                answer["keys"] = self._keys
+        return json.dumps(answer).encode() if answer else None
 
     def _control(self) -> type[BaseHTTPRequestHandler]:
         backend = self
@@ -380,5 +400,18 @@ def replica(port: int, name: str = "r1", **changes: Any) -> dict[str, Any]:
         "age_s": 1.0,
         "job_id": "1",
         "node": "localhost",
+    }
+    return {**entry, **changes}
+
+
+def key(token: str, name: str = "anna", **changes: Any) -> dict[str, Any]:
+    """One of the clients' keys as the gate is told of it: for all services, without limits."""
+    entry: dict[str, Any] = {
+        "name": name,
+        "sha256": hashlib.sha256(token.encode()).hexdigest(),
+        "services": None,
+        "rpm": 0,
+        "in_flight": 0,
+        "expires": None,
     }
     return {**entry, **changes}
