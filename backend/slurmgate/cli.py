@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from slurmgate import __version__, commands, history_command, log_command
+from slurmgate import __version__, commands, history_command, keys, keys_command, log_command
 from slurmgate.errors import SlurmgateError
 from slurmgate.state import default_path
 
@@ -20,6 +20,7 @@ examples:
   slurmgate status                         what runs, who waits
   slurmgate start LLM                      wake a service before the first request
   slurmgate disable                        start nothing any more; what runs goes on
+  slurmgate keys add alice                 let one more client in
 """
 
 Command = Callable[[argparse.Namespace], int]
@@ -55,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_files(subparsers)
     _add_queries(subparsers)
     _add_changes(subparsers)
+    _add_keys(subparsers)
     return parser
 
 
@@ -234,3 +236,52 @@ def _add_changes(subparsers: Any) -> None:
             "reopen-logs",
         )
     )
+
+
+def _add_keys(subparsers: Any) -> None:
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "keys",
+        help="make, show and revoke the keys of clients",
+        description="Make, show and revoke the keys of clients, in the configuration's keys_file.",
+        epilog="example:\n  slurmgate keys add alice --services LLM --rpm 60",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    add = _command(
+        actions,
+        "add",
+        keys_command.run_add,
+        "make a key and print its secret, once",
+        "keys add alice --services LLM,Whisper --rpm 60 --in-flight 4 --expires 2027-03-31",
+    )
+    add.add_argument("name", metavar="NAME", help="of the client: for logs, metrics and services")
+    add.add_argument("--services", metavar="A,B", help="only for these (default: all)")
+    add.add_argument("--rpm", type=_limit, default=0, metavar="N", help="requests a minute")
+    add.add_argument("--in-flight", type=_limit, default=0, metavar="N", help="requests at once")
+    add.add_argument(
+        "--expires",
+        metavar="DATE",
+        help="the last day, 2027-03-31, or a time, 2027-03-31T18:00:00+02:00",
+    )
+    _takes_config(add)
+    shown = _command(actions, "list", keys_command.run_list, "show every key", "keys list")
+    shown.add_argument("--json", action="store_true", help="a JSON array")
+    _takes_config(shown)
+    revoke = _command(
+        actions,
+        "revoke",
+        keys_command.run_revoke,
+        "end a key; requests under way go on to their end",
+        "keys revoke alice",
+    )
+    revoke.add_argument("name", metavar="NAME")
+    _takes_config(revoke)
+
+
+def _limit(text: str) -> int:
+    """A number of requests, 0 for no limit."""
+    if not (text.isascii() and text.isdigit() and len(text) <= 10 and int(text) <= keys.MOST):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} should be a number from 1 to {keys.MOST}, or 0 for no limit"
+        )
+    return int(text)

@@ -1,23 +1,20 @@
-"""Clients' keys and the file they are kept in: JSON, mode 0600, names and SHA-256, never a secret.
+"""Clients' keys, and how they stand in a file: names and SHA-256, never a secret.
 
-The file alone holds state. It is always complete: whoever changes it writes it anew and renames,
-under a lock on the file itself, so that of changes made at once none is lost. Errors name the
-entry and the field, and never show a value of which somebody may have made a secret.
+No state. Errors name the entry and the field, and show no value: it might be a secret that
+somebody put there.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import re
 import secrets
 import stat
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from datetime import time as clock_time
@@ -25,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from slurmgate.errors import KeysError, KeysMissing
-from slurmgate.files import Owner, write_atomic, write_new
 
 MAX_BYTES = 4 << 20
 MOST = 10**9
@@ -35,8 +31,6 @@ EXPIRES_IS = (
     " 2027-03-31T18:00:00+02:00"
 )
 _YEAR_10000 = 253402300800
-_LOCK_PATIENCE = 10.0
-_LOCK_LOOK = 0.02
 _NAME = re.compile(r"[A-Za-z0-9._@-]{1,64}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _DAY = re.compile(r"\d{4}-\d{2}-\d{2}", re.ASCII)
@@ -97,15 +91,6 @@ def show_time(moment: int) -> str:
 # -- the file ------------------------------------------------------------------------------
 
 
-def problems(path: Path) -> list[str]:
-    """Say what is wrong with a file of keys; nothing: an empty list."""
-    try:
-        load(path)
-    except KeysError as error:
-        return error.problems
-    return []
-
-
 def load(path: Path) -> tuple[Key, ...]:
     """Read the keys; KeysMissing or another KeysError when that cannot be done."""
     return parse(read(path), path)
@@ -117,7 +102,7 @@ def read(path: Path) -> bytes:
         # A named pipe would wait for somebody who writes.
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
-            return _content(fd, path)
+            return content(fd, path)
         finally:
             os.close(fd)
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -126,20 +111,21 @@ def read(path: Path) -> bytes:
         raise KeysError([f"{path}: cannot be read: {error.strerror}"]) from error
 
 
-def _content(fd: int, path: Path) -> bytes:
+def content(fd: int, path: Path) -> bytes:
+    """Read the opened file ``path`` from where it stands; KeysError when it cannot be one."""
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         raise KeysError([f"{path}: not a regular file"])
     with open(fd, "rb", closefd=False) as file:
-        content = file.read(MAX_BYTES + 1)
-    if len(content) > MAX_BYTES:
+        found = file.read(MAX_BYTES + 1)
+    if len(found) > MAX_BYTES:
         raise KeysError([f"{path}: larger than {MAX_BYTES >> 20} MiB"])
-    return content
+    return found
 
 
-def parse(content: bytes, path: Path) -> tuple[Key, ...]:
+def parse(text: bytes, path: Path) -> tuple[Key, ...]:
     """Read what was in the file; KeysError with everything that is wrong with it."""
     try:
-        document = json.loads(content.decode("utf-8"), object_pairs_hook=_Object)
+        document = json.loads(text.decode("utf-8"), object_pairs_hook=_Object)
     except UnicodeDecodeError as error:
         raise KeysError([f"{path}: not UTF-8 (byte {error.start})"]) from error
     except json.JSONDecodeError as error:
@@ -153,8 +139,8 @@ def parse(content: bytes, path: Path) -> tuple[Key, ...]:
     found: list[Key] = []
     wrong: list[str] = []
     taken: set[str] = set()
-    for place, entry in enumerate(entries):
-        key, said = _entry(entry)
+    for place, given in enumerate(entries):
+        key, said = _entry(given)
         name = ""
         if key is not None:
             name = f" ({key.name})"
@@ -177,20 +163,20 @@ class _Object(dict[str, Any]):
         self.twice = [name for name, n in Counter(name for name, _ in pairs).items() if n > 1]
 
 
-def _entry(entry: object) -> tuple[Key | None, list[str]]:
+def _entry(given: object) -> tuple[Key | None, list[str]]:
     """Read one entry; what can be read of it, if it has a name, and what is wrong."""
-    if not isinstance(entry, _Object):
+    if not isinstance(given, _Object):
         return None, ["should be an object"]
-    wrong = [f"{name!a} is given twice; keep one of them" for name in entry.twice]
-    wrong += [f"unknown field {name!a}" for name in entry if name not in _READERS]
+    wrong = [f"{name!a} is given twice; keep one of them" for name in given.twice]
+    wrong += [f"unknown field {name!a}" for name in given if name not in _READERS]
     values: dict[str, Any] = {}
     for name, reader in _READERS.items():
-        if name not in entry:
+        if name not in given:
             if name in _REQUIRED:
                 wrong.append(f"{name}: is missing")
             continue
         try:
-            values[name] = reader(entry[name])
+            values[name] = reader(given[name])
         except ValueError as error:
             wrong.append(f"{name}: {error}")
     if "name" not in values:
@@ -257,91 +243,10 @@ _READERS: dict[str, Callable[[object], object]] = {
 
 def serialise(keys: tuple[Key, ...]) -> bytes:
     """Write the keys as the file holds them."""
-    entries = []
-    for key in keys:
-        entry = asdict(key)
-        for name in ("expires", "created"):
-            entry[name] = None if entry[name] is None else show_time(entry[name])
-        entries.append(entry)
-    return json.dumps({"keys": entries}, indent=1).encode() + b"\n"
+    return json.dumps({"keys": [entry(key) for key in keys]}, indent=1).encode() + b"\n"
 
 
-# -- changing it ---------------------------------------------------------------------------
-
-
-def change(path: Path, fold: Callable[[tuple[Key, ...]], tuple[Key, ...]]) -> None:
-    """Have ``fold`` make the new keys of those in the file, and write them; KeysError.
-
-    A file that is missing or empty has no keys. What ``fold`` raises leaves the file as it is.
-    """
-    path = Path(os.path.realpath(path))  # a link stays one
-    try:
-        while True:
-            with _locked(path) as found:
-                if found is None:
-                    with contextlib.suppress(FileExistsError):  # another one was quicker
-                        write_new(path, serialise(fold(())), _owner_for(path.parent.stat()))
-                        return
-                else:
-                    content = _content(found, path)
-                    known = parse(content, path) if content.strip() else ()
-                    fresh = serialise(fold(known))
-                    write_atomic(path, fresh, _owner_for(os.fstat(found)))
-                    return
-    except FileNotFoundError as error:
-        raise KeysError([f"{path}: there is no folder {path.parent}; make it first"]) from error
-    except PermissionError as error:
-        whom = "the user that Slurmgate runs as, or as root"
-        raise KeysError([f"{path}: cannot be written; run this as {whom}"]) from error
-    except OSError as error:
-        raise KeysError([f"{path}: cannot be written: {error.strerror}"]) from error
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[int | None]:
-    """Give the file opened and locked; None when there is none. KeysError when that takes long."""
-    deadline = time.monotonic() + _LOCK_PATIENCE
-    while True:
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
-        except FileNotFoundError:
-            yield None
-            return
-        try:
-            if _lock(fd) and _is_at(fd, path):
-                _must_be_ours(fd, path)
-                yield fd
-                return
-        finally:
-            os.close(fd)
-        if time.monotonic() > deadline:
-            raise KeysError([f"{path}: another command has been changing it for long; try again"])
-        time.sleep(_LOCK_LOOK)
-
-
-def _lock(fd: int) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _is_at(fd: int, path: Path) -> bool:
-    """Say whether nobody has put another file there before we had the lock."""
-    try:
-        return os.path.samestat(os.fstat(fd), path.stat())
-    except FileNotFoundError:
-        return False
-
-
-def _must_be_ours(fd: int, path: Path) -> None:
-    """A file that we wrote anew would be closed to its owner."""
-    owner = os.fstat(fd).st_uid
-    if os.geteuid() not in (0, owner):
-        raise KeysError([f"{path}: belongs to uid {owner}; run this as that user or as root"])
-
-
-def _owner_for(found: os.stat_result) -> Owner | None:
-    """Root writes for whom the file, or its folder, is."""
-    return (found.st_uid, found.st_gid) if os.geteuid() == 0 else None
+def entry(key: Key) -> dict[str, Any]:
+    """Give a key as JSON values, times as RFC 3339 writes them."""
+    times = {name: getattr(key, name) for name in ("expires", "created")}
+    return asdict(key) | {n: None if t is None else show_time(t) for n, t in times.items()}
