@@ -22,6 +22,9 @@ from tests.bench import (
     crowd,
     handover,
     killed,
+    large_body,
+    openai,
+    prefixes,
     replicas,
     rest,
     slot,
@@ -29,6 +32,7 @@ from tests.bench import (
     slurm_crowd,
     slurm_rest,
     slurm_tunnel,
+    streams,
     warm,
 )
 from tests.bench.figures import Figure, Outcome, table
@@ -40,6 +44,10 @@ OPEN_FILES = 12000
 BENCHMARKS: dict[str, Callable[[bool], Outcome]] = {
     "throughput": warm.throughput,
     "latency": warm.latency,
+    "openai": openai.openai,
+    "model_20mb": large_body.model_20mb,
+    "streams": streams.streams,
+    "affinity": prefixes.affinity,
     "release": cold.release,
     "cold": cold.cold,
     "crowd": crowd.crowd,
