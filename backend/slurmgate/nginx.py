@@ -28,6 +28,14 @@ from slurmgate.state import StateDir
 _UNQUOTABLE = re.compile(r"[\x00-\x1f\x7f$]")
 _LISTEN = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+|\*):([0-9]{1,5})")
 _USER = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*\$?( [A-Za-z_][A-Za-z0-9_.-]*\$?)?")
+_CIPHERS = (
+    "ECDHE-ECDSA-AES128-GCM-SHA256",
+    "ECDHE-RSA-AES128-GCM-SHA256",
+    "ECDHE-ECDSA-AES256-GCM-SHA384",
+    "ECDHE-RSA-AES256-GCM-SHA384",
+    "ECDHE-ECDSA-CHACHA20-POLY1305",
+    "ECDHE-RSA-CHACHA20-POLY1305",
+)
 _CONNECTIONS = 16384
 _MOST_FILES = 65536
 _TEST_TIMEOUT_S = 30.0
@@ -75,6 +83,7 @@ def render(
         lua_path=lua_path,
         user=user,
         open_files=open_files,
+        tls_ciphers=":".join(_CIPHERS),
         worker_connections=min(_CONNECTIONS, open_files),
     )
 
@@ -139,11 +148,15 @@ def _checked(gate: GateSpec) -> GateSpec:
     match = _LISTEN.fullmatch(gate.listen)
     if match is None or not 0 < int(match.group(2)) < 65536:
         raise ConfigError([f"gate.listen: {gate.listen!r} is no HOST:PORT"])
-    for network in gate.private:
-        try:
-            ipaddress.ip_network(network)
-        except ValueError as error:
-            raise ConfigError([f"gate.private: {error}"]) from error
+    for field, networks in (
+        ("private", gate.private),
+        ("trusted_proxies", gate.trusted_proxies),
+    ):
+        for network in networks:
+            try:
+                ipaddress.ip_network(network)
+            except ValueError as error:
+                raise ConfigError([f"gate.{field}: {error}"]) from error
     return gate
 
 

@@ -13,7 +13,7 @@ GATE = Path(__file__).parents[2] / "lua" / "gate"
 LAYERS = (
     {"phases"},
     {"duties", "pages"},
-    {"hold", "health"},
+    {"hold", "health", "relay"},
     {"routing", "refusal", "rooms"},
     {"balancer", "bodies", "notifier", "payload", "cors"},
     {"activity"},
@@ -21,10 +21,10 @@ LAYERS = (
     {"keys"},
     {"router", "picker", "prefer", "queue", "problem", "http", "limits"},
     {"shapes", "store", "settings"},
-    {"clock", "client", "flows", "scanner", "multipart"},
+    {"clock", "client", "flows", "scanner", "multipart", "events", "inner"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-PURE = ("router", "picker", "prefer", "queue", "shapes")
+PURE = ("router", "picker", "prefer", "queue", "shapes", "events")
 
 COMMENT = re.compile(r"--\[(=*)\[.*?\]\1\]|--[^\n]*", re.DOTALL)
 REQUIRE = re.compile(r"""\brequire\b\s*\(?\s*(?:"([^"]*)"|'([^']*)'|(\S+))""")

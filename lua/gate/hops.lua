@@ -1,0 +1,198 @@
+-- Headers that are for this hop alone, and what else a client must not bring further: looked at
+-- once, before anything is decided by them. Refused is what the next reader might read in another
+-- way than nginx did. nginx itself refuses the rest: two lengths, a length beside chunks, folded
+-- lines, blanks before the colon.
+--
+-- Per worker: hosts found to be good. Walks nginx's own list, without a Lua string for each header.
+
+local base = require "resty.core.base"
+local bit = require "bit"
+local ffi = require "ffi"
+require "resty.core.request"
+
+local C = ffi.C
+local band = bit.band
+local bor = bit.bor
+local ffi_string = ffi.string
+local find = string.find
+local get_request = base.get_request
+local lower = string.lower
+local match = string.match
+
+local LIMIT = 200 -- header lines of a request
+local HOSTS_KEPT = 1000
+local TAB, NEWLINE, RETURN, SPACE = 9, 10, 13, 32
+local X, DASH, S, L = 120, 45, 115, 108
+local OWN = "x-slurmgate-"
+
+-- How a request line may end; the others have lines that can be looked at.
+local FRAMED = { ["HTTP/2.0"] = true, ["HTTP/3.0"] = true }
+local LINES = { ["HTTP/1.1"] = true, ["HTTP/1.0"] = true }
+
+-- What the gate decides by comes once, or another reader may take the other one. By length, because
+-- that is known without reading. Of several Connection lines each counts.
+local WATCHED = {
+    [6] = { name = "origin", bit = 1 },
+    [9] = { name = "x-api-key", bit = 2 },
+    [10] = { name = "connection", bit = 4 },
+    [12] = { name = "content-type", bit = 8 },
+    [13] = { name = "authorization", bit = 16 },
+    [16] = { name = "content-encoding", bit = 32 },
+}
+for _, watched in pairs(WATCHED) do
+    watched.first = watched.name:byte()
+end
+
+-- Values of Connection that name no header
+local PLAIN = {
+    ["keep-alive"] = true, ["Keep-Alive"] = true, ["close"] = true, ["Close"] = true,
+    ["upgrade"] = true, ["Upgrade"] = true, ["keep-alive, Upgrade"] = true, [""] = true,
+}
+-- Words in it that are no names, or of headers that go no further anyway
+local WORDS = {
+    ["keep-alive"] = true, ["close"] = true, ["upgrade"] = true, ["te"] = true,
+}
+-- Without these a request is another one.
+local NEEDED = { ["host"] = true, ["content-length"] = true, ["transfer-encoding"] = true }
+
+local TOO_MANY = "The request has more header lines than this gate takes."
+local TWICE = "The header '%s' was sent twice."
+
+local lines = ffi.new("ngx_http_lua_ffi_table_elt_t[?]", LIMIT)
+local truncated = ffi.new("int[1]")
+local hosts = {} -- Host header → the host nginx found
+local hosts_kept = 0
+
+local _M = {}
+
+local function lower_byte(byte)
+    return bor(byte, 32)
+end
+
+-- Whether a line of HTTP/1 is one: with a colon, and ended by both CR and LF. nginx has put a zero
+-- behind the value, in place of the first byte of its end.
+local function well_formed(line)
+    local value = line.value.data
+    if value == line.key.data + line.key.len then
+        return false
+    end
+    local at = value + line.value.len + 1
+    while at[0] == SPACE or at[0] == TAB or at[0] == RETURN do
+        at = at + 1
+    end
+    return at[0] == NEWLINE
+end
+
+local function is_own(line)
+    local name = line.key.data
+    return line.key.len > #OWN and lower_byte(name[0]) == X and name[1] == DASH
+        and lower_byte(name[2]) == S and lower_byte(name[3]) == L
+        and lower(ffi_string(name, #OWN)) == OWN
+end
+
+local function drop_own(count)
+    local names = {}
+    for i = 0, count - 1 do
+        if is_own(lines[i]) then
+            names[#names + 1] = ffi_string(lines[i].key.data, lines[i].key.len)
+        end
+    end
+    for _, name in ipairs(names) do
+        ngx.req.clear_header(name)
+    end
+end
+
+--- Take the headers away that Connection names; returns what is wrong with it, or nil.
+function _M.strip()
+    local values = ngx.req.get_headers(0)["connection"]
+    values = type(values) == "table" and table.concat(values, ",") or values or ""
+    for word in values:gmatch("[^, \t]+") do
+        word = lower(word)
+        if NEEDED[word] then
+            return ("Connection must not name '%s'."):format(word)
+        elseif not WORDS[word] and not find(word, "[^%w!#$%%&'*+.^_`|~-]") then
+            ngx.req.clear_header(word)
+        end
+    end
+    return nil
+end
+
+-- What stands in a request line and in Host, if both do, must be the same.
+local function host_problem(sent, found)
+    local name, port = match(sent, "^([%w._~-]+):?(%d*)$")
+    if not name then
+        name, port = match(sent, "^(%[[%x:.]+%]):?(%d*)$")
+    end
+    if not name or #port > 5 or (tonumber(port) or 0) > 65535 then
+        return "The Host header is no host."
+    elseif lower(name):gsub("%.$", "") ~= found then
+        return "The Host header and the request line name different hosts."
+    end
+    if hosts_kept >= HOSTS_KEPT then
+        hosts, hosts_kept = {}, 0
+    end
+    hosts[sent] = found
+    hosts_kept = hosts_kept + 1
+    return nil
+end
+
+-- One walk over the lines. Returns what is wrong, whether Connection names headers, whether there
+-- are any of the gate's own.
+local function walk(count, in_lines)
+    local seen, named, own = 0, false, false
+    for i = 0, count - 1 do
+        local line = lines[i]
+        if in_lines and not well_formed(line) then
+            return "A header line has no colon, or no proper end."
+        end
+        local watched = WATCHED[line.key.len]
+        if watched and lower_byte(line.key.data[0]) == watched.first
+            and lower(ffi_string(line.key.data, line.key.len)) == watched.name then
+            local again = band(seen, watched.bit) ~= 0
+            if watched.name ~= "connection" then
+                if again then
+                    return TWICE:format(watched.name)
+                end
+            elseif again or not PLAIN[ffi_string(line.value.data, line.value.len)] then
+                named = true
+            end
+            seen = bor(seen, watched.bit)
+        elseif is_own(line) then
+            own = true
+        end
+    end
+    return nil, named, own
+end
+
+--- Look at the header of the current request, and take away what goes no further. Returns the code
+--- and detail of what it is refused for, or nil.
+function _M.examine(var)
+    local protocol = var.server_protocol
+    local in_lines = LINES[protocol]
+    if not in_lines and not FRAMED[protocol] then
+        return "bad-request", "The gate speaks HTTP/1.0, HTTP/1.1 and HTTP/2."
+    end
+    local request = get_request()
+    local count = C.ngx_http_lua_ffi_req_get_headers_count(request, LIMIT, truncated)
+    if truncated[0] ~= 0 then
+        return "headers-too-large", TOO_MANY
+    end
+    C.ngx_http_lua_ffi_req_get_headers(request, lines, count, 1)
+    local problem, named, own = walk(count, in_lines)
+    local host = var.http_host
+    if not problem and host and hosts[host] ~= var.host then
+        problem = host_problem(host, var.host)
+    end
+    if own then
+        drop_own(count)
+    end
+    if not problem and named then
+        problem = _M.strip()
+    end
+    if problem then
+        return "bad-request", problem
+    end
+    return nil
+end
+
+return _M
