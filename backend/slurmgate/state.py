@@ -156,6 +156,11 @@ class StateDir:
         return self.run_dir() / "api.sock"
 
     @property
+    def inner_socket(self) -> Path:
+        """Socket on which the gate asks itself."""
+        return self.run_dir() / "inner.sock"
+
+    @property
     def tunnel_sockets(self) -> Path:
         """Folder of the sockets of tunnels, and of nothing else."""
         return self.run_dir() / "t"

@@ -170,12 +170,15 @@ def _prepare_gate(gate: GateSpec, state: StateDir) -> ChildSpec:
         argv=(binary, "-e", "stderr", "-c", str(conf)),
         ready=lambda: _gate_is_ready(gate),
         stop=_GATE_STOP,
-        prepare=lambda: _remove_bodies(state),
+        prepare=lambda: _remove_leftovers(state),
     )
 
 
-def _remove_bodies(state: StateDir) -> None:
-    """Requests whose nginx was killed have left their bodies; nginx makes the folders anew."""
+def _remove_leftovers(state: StateDir) -> None:
+    """Remove what a killed nginx left: its socket, which it could not bind again, and the bodies
+    of its requests. It makes the folders anew.
+    """
+    state.inner_socket.unlink(missing_ok=True)
     for folder in state.nginx.iterdir():
         if folder.is_dir():
             shutil.rmtree(folder, ignore_errors=True)

@@ -108,14 +108,20 @@ function _M.wait_for(var, name)
     return store.sum(store.workers(), ":w:" .. name)
 end
 
---- It waits no longer: its place and the bytes reserved for its body are free.
-function _M.end_waiting(var)
-    local name, bytes = var.sg_waits_for, tonumber(var.sg_bytes)
+--- Another request waits in its place. It keeps the bytes that are reserved for its body.
+function _M.hand_wait_over(var)
+    local name = var.sg_waits_for
     if name and name ~= "" then
         store.count(key(":w:", name), -1)
         var.sg_waits_for = ""
         holding = holding - 1
     end
+end
+
+--- It waits no longer: its place and the bytes reserved for its body are free.
+function _M.end_waiting(var)
+    local bytes = tonumber(var.sg_bytes)
+    _M.hand_wait_over(var)
     if bytes then
         store.count(key(":b", ""), -bytes)
         var.sg_bytes = ""

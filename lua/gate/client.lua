@@ -14,10 +14,12 @@ local C = ffi.C
 local SIGNATURE = 0x50545448 -- "HTTP", at the beginning of every request
 local IPPROTO_TCP, TCP_INFO = 6, 11
 local ESTABLISHED = 1
+local MSG_PEEK, MSG_DONTWAIT = 0x02, 0x40
 
 ffi.cdef [[
 typedef struct { void *data; void *read; void *write; int fd; } sg_connection_t;
 typedef struct { uint32_t signature; sg_connection_t *connection; } sg_request_t;
+long recv(int fd, void *buffer, size_t size, int flags);
 int getsockopt(int fd, int level, int name, void *value, uint32_t *length);
 ]]
 
@@ -33,10 +35,12 @@ function _M.gone()
         return false
     end
     length[0] = 1
-    if C.getsockopt(request.connection.fd, IPPROTO_TCP, TCP_INFO, info, length) ~= 0 then
-        return false
+    local fd = request.connection.fd
+    if C.getsockopt(fd, IPPROTO_TCP, TCP_INFO, info, length) == 0 then
+        return info[0] ~= ESTABLISHED
     end
-    return info[0] ~= ESTABLISHED
+    -- A unix socket: the gate itself, which sends nothing behind its request.
+    return C.recv(fd, info, 1, MSG_PEEK + MSG_DONTWAIT) == 0
 end
 
 return _M

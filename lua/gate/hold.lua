@@ -7,6 +7,8 @@ local balancer = require "gate.balancer"
 local bodies = require "gate.bodies"
 local client = require "gate.client"
 local clock = require "gate.clock"
+local events = require "gate.events"
+local inner = require "gate.inner"
 local keys = require "gate.keys"
 local notifier = require "gate.notifier"
 local refusal = require "gate.refusal"
@@ -95,8 +97,10 @@ local function look(var, waiter, wish)
     else
         service = registry.find(waiter.name)
     end
-    if not keys.still(var) then
-        return nil, "unauthorized"
+    local allowed
+    allowed, code = keys.still(var, service)
+    if not allowed then
+        return nil, code
     end
     if service and lost_twice(var) then
         return nil, "upstream-failed"
@@ -126,6 +130,49 @@ local function go_on(var, waiter)
     note_waited(var, waiter)
     var.sg_tries = (tonumber(var.sg_tries) or 0) + 1
     var.sg_off = ""
+    inner.tell(var)
+end
+
+-- Heartbeats ---------------------------------------------------------------------------------
+
+-- Seconds until the client of a request that wants a stream is to hear of it; huge for never.
+local function until_heartbeat(var, waiter)
+    local service = registry.find(waiter.name)
+    if not service or service.heartbeat == 0 or var.sg_relayed == "1"
+        or var.sg_streaming ~= "" or var.sg_passive == "1" then
+        return math.huge
+    end
+    return tonumber(var.sg_since) + service.heartbeat - clock.now()
+end
+
+local function wants_stream(var)
+    if var.request_method == "HEAD" or var.sg_upgrade ~= "" then
+        return false
+    elseif events.only_stream(ngx.req.get_headers(0)["accept"]) then
+        return true
+    end
+    routing.look_into(var)
+    return var.sg_stream == "1"
+end
+
+-- If it wants a stream, it answers from now on, and another request waits in its place.
+local function begin_heartbeats(var, waiter)
+    if not wants_stream(var) then
+        var.sg_streaming = "0"
+        return
+    elseif waiter.granted then
+        return -- meanwhile it was its turn
+    end
+    rooms.hand_over(var, waiter)
+    note_waited(var, waiter)
+    return ngx.exec("@relay")
+end
+
+-- The wait -----------------------------------------------------------------------------------
+
+local function refuse(var, code, facts)
+    inner.tell(var, code)
+    return refusal.send(var, code, facts)
 end
 
 local function client_gone(var)
@@ -147,10 +194,16 @@ local function wait(var, since)
         elseif code then
             rooms.leave(var, waiter)
             note_waited(var, waiter)
-            return refusal.send(var, code, facts)
+            return refuse(var, code, facts)
+        end
+        local heartbeat = until_heartbeat(var, waiter)
+        if heartbeat <= 0 then
+            begin_heartbeats(var, waiter)
+            heartbeat = LOOK_EVERY_S
         end
         local last_look = tonumber(var.sg_since) + (wish or math.huge) - clock.now()
-        local woken = waiter.semaphore:wait(max(LEAST_WAIT_S, min(LOOK_EVERY_S, last_look)))
+        local woken = waiter.semaphore:wait(
+            max(LEAST_WAIT_S, min(LOOK_EVERY_S, last_look, heartbeat)))
         -- nginx does not see an end behind the next request that the client has sent already.
         if not woken and client_gone(var) then
             return ngx.exit(CLIENT_GONE)
@@ -193,6 +246,17 @@ function _M.enter(var, service)
     if not bodies.read(var) then
         return refusal.send(var, "too-many-waiting", TOO_MANY_BYTES)
     end
+    return ngx.exec("@hold")
+end
+
+--- Wait in the place of a request that sends comment lines; the access phase of the inner listener.
+--- Does not return.
+function _M.resume(var)
+    if not inner.unpack(var) then
+        return refusal.send(var, "bad-request")
+    end
+    activity.begin_waiting(var, var.sg_service)
+    ngx.req.read_body()
     return ngx.exec("@hold")
 end
 

@@ -5,6 +5,7 @@ local balancer = require "gate.balancer"
 local duties = require "gate.duties"
 local flows = require "gate.flows"
 local hold = require "gate.hold"
+local hops = require "gate.hops"
 local notifier = require "gate.notifier"
 local pages = require "gate.pages"
 local problem = require "gate.problem"
@@ -77,6 +78,15 @@ local function serve_by_model(var)
         return problem.send(query, facts or {})
     end
     return hold.enter(var, nil)
+end
+
+--- The header of a request came.
+function _M.examine()
+    local code, detail = hops.examine(ngx.var)
+    if code then
+        -- Where the next request begins is as doubtful.
+        return problem.send(code, { detail = detail, headers = { Connection = "close" } })
+    end
 end
 
 --- A request came.

@@ -120,6 +120,13 @@ function _M.move(waiter, name)
     enter(waiter, name)
 end
 
+--- A request leaves its place to another, which comes with the same ticket.
+function _M.hand_over(var, waiter)
+    go(waiter)
+    waiters[waiter.ticket] = nil
+    activity.hand_wait_over(var)
+end
+
 --- A request waits no longer.
 function _M.leave(var, waiter)
     go(waiter)

@@ -3,6 +3,7 @@
 
 local _M = {
     control_socket = nil, -- unix socket of the backend that answers notify calls
+    inner_socket = nil,   -- unix socket on which the gate asks itself
     api_socket = nil,     -- unix socket of the backend for info, metrics and admin calls
     max_body = nil,       -- bytes; also what is reserved for a body of unknown length
     max_held_bytes = nil, -- bytes all waiting requests' bodies may take together

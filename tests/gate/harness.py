@@ -277,6 +277,8 @@ class Gate:
             error_log=str(self.errors),
         )
         paths.temp_dir.mkdir(exist_ok=True)
+        # One that was killed leaves it, and none can bind a socket that is there already.
+        (paths.run_dir / "inner.sock").unlink(missing_ok=True)
         user = None
         if os.geteuid() == 0:
             user = f"{getpass.getuser()} {grp.getgrgid(os.getegid()).gr_name}"
