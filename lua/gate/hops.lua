@@ -19,6 +19,7 @@ local get_request = base.get_request
 local lower = string.lower
 local match = string.match
 
+local BAD_REQUEST, TOO_LARGE = 400, 494 -- as nginx has them
 local LIMIT = 200 -- header lines of a request
 local HOSTS_KEPT = 1000
 local TAB, NEWLINE, RETURN, SPACE = 9, 10, 13, 32
@@ -164,18 +165,18 @@ local function walk(count, in_lines)
     return nil, named, own
 end
 
---- Look at the header of the current request, and take away what goes no further. Returns the code
---- and detail of what it is refused for, or nil.
+--- Look at the header of the current request, and take away what goes no further. Returns status and
+--- detail of a refusal, or nil.
 function _M.examine(var)
     local protocol = var.server_protocol
     local in_lines = LINES[protocol]
     if not in_lines and not FRAMED[protocol] then
-        return "bad-request", "The gate speaks HTTP/1.0, HTTP/1.1 and HTTP/2."
+        return BAD_REQUEST, "The gate speaks HTTP/1.0, HTTP/1.1 and HTTP/2."
     end
     local request = get_request()
     local count = C.ngx_http_lua_ffi_req_get_headers_count(request, LIMIT, truncated)
     if truncated[0] ~= 0 then
-        return "headers-too-large", TOO_MANY
+        return TOO_LARGE, TOO_MANY
     end
     C.ngx_http_lua_ffi_req_get_headers(request, lines, count, 1)
     local problem, named, own = walk(count, in_lines)
@@ -190,7 +191,7 @@ function _M.examine(var)
         problem = _M.strip()
     end
     if problem then
-        return "bad-request", problem
+        return BAD_REQUEST, problem
     end
     return nil
 end
