@@ -165,8 +165,8 @@ local function walk(count, in_lines)
     return nil, named, own
 end
 
---- Look at the header of the current request, and take away what goes no further. Returns status and
---- detail of a refusal, or nil.
+--- Look at the header of the current request, and take away what goes no further. Returns status
+--- and detail of a refusal, or nil.
 function _M.examine(var)
     local protocol = var.server_protocol
     local in_lines = LINES[protocol]

@@ -2,6 +2,7 @@
 
 local activity = require "gate.activity"
 local balancer = require "gate.balancer"
+local cors = require "gate.cors"
 local duties = require "gate.duties"
 local flows = require "gate.flows"
 local hold = require "gate.hold"
@@ -82,10 +83,13 @@ end
 
 --- The header of a request came.
 function _M.examine()
-    local code, detail = hops.examine(ngx.var)
-    if code then
-        -- Where the next request begins is as doubtful.
-        return problem.send(code, { detail = detail, headers = { Connection = "close" } })
+    local var = ngx.var
+    local status, detail = hops.examine(var)
+    if status then
+        -- As one of nginx's own refusals it ends the connection: where the next request begins is
+        -- as doubtful.
+        var.sg_detail = detail
+        return ngx.exit(status)
     end
 end
 
@@ -105,11 +109,15 @@ function _M.access()
         return serve(var, target, query)
     elseif kind == "api" then
         return serve_by_model(var)
-    elseif PAGES[kind] then
+    elseif kind == "models" then
+        cors.check(var, nil)
+    end
+    if PAGES[kind] then
         return pages.answer(var, kind)
     elseif kind == "no-such-route" and not registry.complete() then
         return hold.enter(var, nil)
     end
+    cors.note(var, target.service)
     return problem.send(kind, { service = target.service and target.service.name })
 end
 
@@ -144,12 +152,15 @@ function _M.error()
     -- A request line that could not be parsed is known only as a whole.
     local path = (var.request or ""):match("^[!-~]+ ([^? ]*)") or ""
     local code, detail = problem.code_of(ngx.status)
-    if code == "bad-request" and path ~= "" and not router.safe(path) then
+    if var.sg_detail ~= "" then
+        detail = var.sg_detail
+    elseif code == "bad-request" and path ~= "" and not router.safe(path) then
         code = "bad-path"
     end
     var.sg_path = router.printable(path) or path
     rooms.forget(var)
     activity.abandon(var)
+    cors.note(var, nil)
     return problem.send(code, { detail = detail })
 end
 

@@ -72,6 +72,7 @@ local BY_STATUS = {
     [400] = "bad-request", [403] = "forbidden", [404] = "no-such-route",
     [405] = "method-not-allowed", [408] = "request-timeout", [413] = "body-too-large",
     [414] = "uri-too-long", [431] = "headers-too-large", [494] = "headers-too-large",
+    [501] = "bad-request", [505] = "bad-request", -- a transfer encoding or version it does not know
     [502] = "upstream-failed", [503] = "backend-away", [504] = "upstream-timeout",
 }
 

@@ -54,7 +54,7 @@ end
 
 --- Whether a raw path (without query) may be passed on.
 function _M.safe(path)
-    if byte(path) ~= SLASH or find(path, "[%c\\]") then
+    if byte(path) ~= SLASH or find(path, "[%c\\#]") then
         return false
     end
     local escaped = find(path, "%", 1, true)

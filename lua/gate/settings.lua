@@ -8,6 +8,7 @@ local _M = {
     max_body = nil,       -- bytes; also what is reserved for a body of unknown length
     max_held_bytes = nil, -- bytes all waiting requests' bodies may take together
     admin_max_body = nil, -- bytes an admin call may send
+    cors = {},            -- origins whose pages may read answers, unless a service says otherwise
 }
 
 --- Take over the values of the configuration.
