@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -157,6 +158,57 @@ def test_a_server_gets_the_key_of_its_replica_and_not_as_an_argument(job, tmp_pa
     assert KEYS[job.name] not in (tmp_path / "environment").read_text()
 
 
+ASK_VLLM = """
+import asyncio, importlib, sys
+async def service(scope, receive, send):
+    await send({"status": 200})
+async def ask(kind, *shown):
+    sent = []
+    async def send(message):
+        sent.append(message.get("status") or message.get("code"))
+    headers = [(b"authorization", value.encode()) for value in shown]
+    await Keyed(service)({"type": kind, "path": "/invocations", "headers": headers}, None, send)
+    return sent[0]
+module, name = sys.argv[1].rsplit(".", 1)
+Keyed = getattr(importlib.import_module(module), name)
+cases = [("http", "Bearer s3cret"), ("http", "Bearer x"), ("http",), ("websocket",), ("lifespan",)]
+cases += [("websocket", "Bearer s3cret"), ("http", "Bearer s3cret", "Bearer s3cret")]
+print([asyncio.run(ask(*case)) for case in cases])
+"""
+
+
+def test_vllm_asks_for_the_key_on_every_path(tmp_path):
+    _, _, arguments = run_job(EXAMPLES / "jobs" / "vllm.sh", tmp_path, SLURMGATE_API_KEY="s3cret")
+    written = (tmp_path / "environment").read_text().splitlines()
+    asked = subprocess.run(
+        [sys.executable, "-c", ASK_VLLM, option(arguments, "--middleware")],
+        env=dict(line.split("=", 1) for line in written),
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=30,
+        check=True,
+    )
+    assert json.loads(asked.stdout) == [200, 401, 401, 1008, 200, 200, 401]
+    assert (tmp_path / ".slurmgate").stat().st_mode & 0o077 == 0
+    _, _, arguments = run_job(EXAMPLES / "jobs" / "vllm.sh", tmp_path)
+    assert "--middleware" not in arguments
+
+
+@pytest.mark.parametrize("name", ["tgi.sh", "triton.sh"])
+def test_a_server_that_takes_a_key_only_as_an_argument_is_not_started_with_one(name, tmp_path):
+    done = subprocess.run(
+        [EXAMPLES / "jobs" / name, "20017"],
+        env={"HOME": str(tmp_path), "PATH": os.environ["PATH"], "SLURMGATE_API_KEY": "s3cret"},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "cannot keep a key" in done.stderr
+    assert "s3cret" not in done.stderr
+
+
 @pytest.mark.parametrize("job", [job for job in JOBS if job.name in IMAGES], ids=by_name)
 def test_a_job_script_runs_its_server_out_of_an_image(job, tmp_path):
     name, _, arguments = run_job(job, tmp_path, **{IMAGES[job.name]: "/images/server.sif"})
@@ -165,26 +217,34 @@ def test_a_job_script_runs_its_server_out_of_an_image(job, tmp_path):
     assert any("20017" in argument for argument in arguments)
 
 
-def test_the_smallest_service_answers_and_ends_with_sigterm(tmp_path):
+@pytest.mark.parametrize("key", [None, "s3cret"])
+def test_the_smallest_service_answers_who_has_its_key_and_ends_with_sigterm(tmp_path, key):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     python = Path(sys.executable).parent
+    given = {} if key is None else {"SLURMGATE_API_KEY": key}
     process = subprocess.Popen(
         [EXAMPLES / "jobs" / "hello.sh", str(port)],
-        env={"PATH": f"{python}:{os.environ['PATH']}", "BIND_HOST": "127.0.0.1"},
+        env={"PATH": f"{python}:{os.environ['PATH']}", "BIND_HOST": "127.0.0.1", **given},
         stderr=subprocess.DEVNULL,
     )
 
-    def answer() -> bytes | None:
+    def answer(shown: str | None) -> tuple[int, bytes] | None:
+        headers = {} if shown is None else {"Authorization": f"Bearer {shown}"}
+        asked = urllib.request.Request(f"http://127.0.0.1:{port}/", headers=headers)
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5) as opened:
-                return bytes(opened.read())
+            with urllib.request.urlopen(asked, timeout=5) as opened:
+                return opened.status, bytes(opened.read())
+        except urllib.error.HTTPError as error:
+            return error.code, error.read()
         except OSError:
             return None
 
     try:
-        assert until(answer) == f"hello from {socket.gethostname()}\n".encode()
+        hello = (200, f"hello from {socket.gethostname()}\n".encode())
+        assert until(lambda: answer(key)) == hello
+        assert answer("another") == (hello if key is None else (401, b""))
     finally:
         process.terminate()
         process.wait(10)

@@ -13,6 +13,12 @@ model=${MODEL:-$HOME/models/Qwen3-8B} # a folder as Hugging Face has them
 # Where to listen: 0.0.0.0 for tunnel "auto" and "none", 127.0.0.1 for "node-loopback".
 host=${BIND_HOST:-0.0.0.0}
 
+if [ -n "${SLURMGATE_API_KEY:-}" ]; then
+    # The launcher hands its key to the router as an argument, which everybody on the node sees.
+    echo 'TGI cannot keep a key: set "upstream_key" to false and "tunnel" to "node-loopback"' >&2
+    exit 1
+fi
+
 server=(text-generation-launcher)
 if [ -n "${TGI_IMAGE:-}" ]; then # made with `apptainer pull`; its entry point is the launcher
     server=(apptainer run --nv --pwd /usr/src --bind "$model" "$TGI_IMAGE")

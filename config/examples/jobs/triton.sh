@@ -13,6 +13,12 @@ models=${MODELS:-$HOME/models/triton} # a model repository
 # Where to listen: 0.0.0.0 for tunnel "auto" and "none", 127.0.0.1 for "node-loopback".
 host=${BIND_HOST:-0.0.0.0}
 
+if [ -n "${SLURMGATE_API_KEY:-}" ]; then
+    # Its keys (--http-restricted-api) are arguments, which everybody on the node sees.
+    echo 'Triton cannot keep a key: set "upstream_key" to false and "tunnel" to "node-loopback"' >&2
+    exit 1
+fi
+
 server=(tritonserver)
 if [ -n "${TRITON_IMAGE:-}" ]; then # made with `apptainer pull`
     server=(apptainer exec --nv --bind "$models" "$TRITON_IMAGE" tritonserver)
