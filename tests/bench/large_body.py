@@ -25,7 +25,7 @@ from tests.bench.client import ask
 from tests.bench.figures import Figure, Outcome, middle, span
 from tests.bench.machine import Cores, pin, staying_on
 from tests.bench.nginxes import fast_service, plain_proxy, say_healthy
-from tests.bench.sides import pinned
+from tests.bench.sides import pinned, until_calm
 from tests.bench.steady_client import steady_elsewhere
 from tests.up.product import Product, free_port, running
 
@@ -172,6 +172,7 @@ def model_20mb(quick: bool) -> Outcome:
             rounds = seen[shape] = {name: [] for name in ports}
             for index in range(count + 1):
                 for name, port in sorted(ports.items(), reverse=index % 2 == 1):
+                    until_calm()
                     rounds[name].append(_round(port, case))
     # The first request of a shape finds nothing warm: no page cache, no compiled code.
     warm = {s: {n: rounds[1:] for n, rounds in sides.items()} for s, sides in seen.items()}

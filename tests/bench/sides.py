@@ -110,7 +110,7 @@ def rounds(
     deadline = time.monotonic() + patience * wanted * len(order) * ROUND_S
     calm: list[int] = []
     for index in itertools.count():
-        _until_calm(WAIT_S)
+        until_calm()
         for side in order:
             side.load(connections, cores)
         if all(side.samples[index].others <= CALM for side in order):
@@ -125,8 +125,9 @@ def rounds(
     return Rounds({name: [s[i] for i in calm] for name, s in made.items()}, made)
 
 
-def _until_calm(seconds: float) -> None:
-    deadline = time.monotonic() + seconds
+def until_calm() -> None:
+    """Wait a little for a moment in which the machine does nothing else."""
+    deadline = time.monotonic() + WAIT_S
     while time.monotonic() < deadline:
         before = machine_busy_seconds()
         time.sleep(LOOK_S)

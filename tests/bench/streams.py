@@ -24,6 +24,7 @@ from tests.bench.cold import STARTS_AN_HOUR
 from tests.bench.figures import Figure, Outcome, middle, paired, span
 from tests.bench.machine import cpu_seconds, machine_busy_seconds
 from tests.bench.openai import PATH
+from tests.bench.sides import until_calm
 from tests.bench.stream_client import Streams
 from tests.up.product import Product, free_port, running
 
@@ -118,6 +119,7 @@ def _healthy(product: Product) -> Path:
 
 
 def _ask(product: Product, port: int, name: str) -> Round:
+    until_calm()
     with contextlib.closing(Streams(port, PATH, _body(name), SIZE)) as streams:
         return _round(product, streams)
 
@@ -125,6 +127,7 @@ def _ask(product: Product, port: int, name: str) -> Round:
 def _ask_held(product: Product, name: str) -> Round:
     stop(product, name)
     _healthy(product).unlink()
+    until_calm()
     with contextlib.closing(Streams(product.port, PATH, _body(name), SIZE)) as streams:
         streams.until(lambda s: s.commented == s.size, "a comment line in every stream")
         _healthy(product).touch()
