@@ -185,6 +185,8 @@ def status_table(info: dict[str, Any]) -> str:
         lines.append("management is disabled: nothing is started (slurmgate enable)")
     if info["config"]["error"]:
         lines.append(f"configuration refused:\n{info['config']['error']}")
+    if info["config"]["keys_error"]:
+        lines.append(f"keys of clients: {info['config']['keys_error']}")
     return "\n".join(lines)
 
 

@@ -33,7 +33,7 @@ def info(*replicas: dict[str, Any], reason: str | None = None) -> dict[str, Any]
     }
     return {
         "management_enabled": True,
-        "config": {"error": None},
+        "config": {"error": None, "keys_error": None},
         "services": [service],
         "strangers": [],
     }
@@ -78,3 +78,11 @@ def test_nodes_the_service_keeps_away_from_are_named():
     told = info()
     told["services"][0]["excluded_nodes"] = ["gpu07", "gpu09"]
     assert "LLM: keeps away from gpu07, gpu09: it failed there repeatedly" in status_table(told)
+
+
+def test_a_broken_file_of_keys_is_told():
+    told = info()
+    told["config"]["keys_error"] = "keys.json: there is no such file"
+    assert (
+        status_table(told).splitlines()[-1] == "keys of clients: keys.json: there is no such file"
+    )
