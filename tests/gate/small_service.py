@@ -14,7 +14,7 @@ from tests.gate.harness import free_port, replica
 
 PIECE_S = 0.05
 STREAM = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
-UPGRADED = b"HTTP/1.1 101 x\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n"
+UPGRADED = b"HTTP/1.1 101 x\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n"
 
 
 class SmallService:

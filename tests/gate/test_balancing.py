@@ -386,7 +386,7 @@ def test_a_changed_protocol_keeps_its_replica_up_while_bytes_come(
     wait_until(lambda: health_of(backend, "r1") == "up", "up")
     with socket.create_connection(("127.0.0.1", gate.port), timeout=20) as sock:
         sock.sendall(b"GET /llm/upgrade HTTP/1.1\r\nHost: a\r\n")
-        sock.sendall(b"Connection: Upgrade\r\nUpgrade: x\r\n\r\n")
+        sock.sendall(b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
         assert sock.recv(1000).startswith(b"HTTP/1.1 101")
         polls = one.polls
         one.health = "mute"

@@ -82,7 +82,7 @@ def test_a_changed_protocol_passes_through_a_hold(
     backend.publish(service())
     with socket.create_connection(("127.0.0.1", gate.port), timeout=20) as sock:
         sock.sendall(b"GET /llm/ws HTTP/1.1\r\nHost: a\r\n")
-        sock.sendall(b"Connection: Upgrade\r\nUpgrade: x\r\n\r\n")
+        sock.sendall(b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
         wait_until(lambda: backend.service_note("LLM").get("waiting") == 1, "one waits")
         backend.publish(service(state="ready", replicas=[replica(echo.port)]))
         assert sock.recv(1000).startswith(b"HTTP/1.1 101")
