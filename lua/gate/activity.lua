@@ -2,8 +2,8 @@
 -- because those survive named locations; what access acquires, log releases, once.
 --
 -- Shared (through the store), each under this worker's tag: uses and waiting requests of a service,
--- requests on a replica, bytes of held bodies. Running totals of requests have no tag. What requests
--- hold on clients' keys is the business of keys.lua, and given back together with these.
+-- requests on a replica, bytes of held bodies. Running totals of requests have no tag. What
+-- requests hold on clients' keys is the business of keys.lua, and given back together with these.
 -- Per worker: ends of uses and answers not yet flushed, number of counts this worker holds, the
 -- replicas its requests are or were on.
 --
@@ -206,6 +206,38 @@ function _M.release(var, answered)
     end
     keys.release(var)
     return name
+end
+
+--- Leave the request at an address of `flows` out of the counts, as if it had ended: its client has
+--- been silent for long. What it holds stands in its variables, so that its log phase gives back
+--- nothing twice.
+function _M.park(at, replica)
+    local use = flows.read(at, "sg_use") == "1"
+    flows.park(at, use)
+    flows.write(at, "sg_on", "")
+    flows.write(at, "sg_off", replica.id)
+    store.count(replica.count_key, -1)
+    holding = holding - 1
+    if use then
+        flows.write(at, "sg_use", "")
+        end_use(replica.service.name, clock.now())
+    end
+end
+
+--- Its client was heard of again: it counts as before.
+function _M.unpark(at, replica)
+    local use = flows.parked(at)
+    flows.park(at, nil)
+    if use then
+        store.count(key(":u:", replica.service.name), 1)
+        flows.write(at, "sg_use", "1")
+        holding = holding + 1
+    end
+    store.count(replica.count_key, 1)
+    holding = holding + 1
+    touched[replica.id] = replica
+    flows.write(at, "sg_off", "")
+    flows.write(at, "sg_on", replica.id)
 end
 
 --- Give back all at once of a request the gate answers itself: its log phase may be long in coming,

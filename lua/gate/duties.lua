@@ -7,6 +7,7 @@
 local activity = require "gate.activity"
 local clock = require "gate.clock"
 local health = require "gate.health"
+local idlers = require "gate.idlers"
 local keys = require "gate.keys"
 local notifier = require "gate.notifier"
 local registry = require "gate.registry"
@@ -62,6 +63,7 @@ local function duties()
     local now = clock.now()
     keys.refresh()
     registry.refresh()
+    idlers.look(now)
     activity.flush()
     eager = rooms.advance_all()
     local waiting = rooms.any()
@@ -122,7 +124,7 @@ local function last_tick()
         else
             sleep(TICK_S)
         end
-    until activity.holding() == 0 and not notifier.hurries()
+    until activity.holding() == 0 and not idlers.any() and not notifier.hurries()
     guarded(duties)
     store.abdicate()
 end

@@ -3,9 +3,10 @@
 -- of a warm request, and nothing of changed protocols (websockets), which pass no filter. So each
 -- worker notes its requests, and looks now and then how far nginx has come with those that last.
 --
--- Per worker: the replica of each request under way, by the address of nginx's request, and the
--- bytes that had come from it at the last look. A request is valid until its log phase, which nginx
--- never leaves out; it is forgotten there before all else.
+-- Per worker: the replica of each request under way, by the address of nginx's request, the bytes
+-- that had come from it at the last look, and whether it is left out of the counts while its client
+-- is silent. A request is valid until its log phase, which nginx never leaves out; it is forgotten
+-- there before all else.
 
 local base = require "resty.core.base"
 local ffi = require "ffi"
@@ -17,17 +18,20 @@ local next = next
 local tonumber = tonumber
 
 local RECEIVED = "upstream_bytes_received"
+local NAME_LIMIT, PROBLEM_LIMIT = 64, 256
 local OK = 0
 
 local under_way = {} -- address → replica
 local received = {}  -- address → bytes at the last look
+local parked = {}    -- address → whether it was counted as a use before
 
 local request_t = ffi.typeof("ngx_http_request_t *")
 local address_t = ffi.typeof("uintptr_t")
-local lowcase = ffi.new("char[?]", #RECEIVED)
+local lowcase = ffi.new("unsigned char[?]", NAME_LIMIT)
 local value = ffi.new("char *[1]")
 local length = ffi.new("size_t[1]")
 local problem = ffi.new("char *[1]")
+local problem_text = ffi.new("unsigned char[?]", PROBLEM_LIMIT)
 
 local _M = {}
 
@@ -47,17 +51,59 @@ function _M.finish()
     local at = address()
     under_way[at] = nil
     received[at] = nil
+    parked[at] = nil
+end
+
+--- Address and replica of each request under way, for a loop.
+function _M.all()
+    return next, under_way
+end
+
+--- Note whether the request at an address is left out of the counts; `use` says whether it is a use
+--- when it is not, nil that it is counted.
+function _M.park(at, use)
+    parked[at] = use
+end
+
+--- Whether the request at an address is left out (nil: no), and then whether it was a use.
+function _M.parked(at)
+    return parked[at]
+end
+
+--- Whether any request is left out.
+function _M.any_parked()
+    return next(parked) ~= nil
+end
+
+--- The request at an address of `all`, as nginx's own type; valid within the loop.
+function _M.request(at)
+    return cast(request_t, cast(address_t, at))
+end
+
+--- An nginx variable of the request at an address; nil if it has none.
+function _M.read(at, name)
+    local code = C.ngx_http_lua_ffi_var_get(
+        _M.request(at), name, #name, cast("char *", lowcase), 0, value, length, problem)
+    if code ~= OK then
+        return nil
+    end
+    return ffi.string(value[0], length[0])
+end
+
+--- Set an nginx variable of the request at an address.
+function _M.write(at, name, text)
+    length[0] = PROBLEM_LIMIT
+    local code = C.ngx_http_lua_ffi_var_set(
+        _M.request(at), name, #name, lowcase, text, #text, problem_text, length)
+    if code ~= OK then
+        error("set " .. name .. ": " .. ffi.string(problem_text, length[0]))
+    end
 end
 
 -- Bytes that came for a request in its last try; nil before there was any.
 local function bytes_of(at)
-    local request = cast(request_t, cast(address_t, at))
-    local code = C.ngx_http_lua_ffi_var_get(
-        request, RECEIVED, #RECEIVED, lowcase, 0, value, length, problem)
-    if code ~= OK then
-        return nil
-    end
-    return tonumber(ffi.string(value[0], length[0]):match("(%d+)$"))
+    local text = _M.read(at, RECEIVED)
+    return text and tonumber(text:match("(%d+)$"))
 end
 
 --- Call `moved(replica)` for each replica that bytes came from since the last look. Replicas for

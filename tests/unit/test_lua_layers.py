@@ -15,13 +15,13 @@ LAYERS = (
     {"duties", "pages"},
     {"hold", "health", "relay"},
     {"routing", "refusal", "rooms"},
-    {"balancer", "bodies", "notifier", "payload", "cors"},
+    {"balancer", "bodies", "notifier", "payload", "cors", "idlers"},
     {"activity"},
     {"registry"},
     {"keys"},
     {"router", "picker", "prefer", "queue", "problem", "http", "limits"},
     {"shapes", "store", "settings"},
-    {"clock", "client", "flows", "scanner", "multipart", "events", "inner"},
+    {"clock", "client", "flows", "hops", "scanner", "multipart", "events", "inner"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 PURE = ("router", "picker", "prefer", "queue", "shapes", "events")
