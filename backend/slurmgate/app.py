@@ -249,7 +249,7 @@ def _applications(
     return application(gate.blueprint(control, keyring)), application(
         info.blueprint(control, reloader, keyring, time.monotonic, instance),
         metrics.blueprint(control, keyring, time.monotonic),
-        admin.blueprint(control, reloader, token, state.set_management),
+        admin.blueprint(control, reloader, keyring, token, state.set_management),
     )
 
 

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 LOOK_EVERY = 0.25
 SECOND_LOOK = 0.05
+GATE_WITHIN = 1.5
 _SHOWN = 20
 
 
@@ -102,6 +103,8 @@ class Keyring:
         self._thread = threading.Thread(target=self._watch, name="keys", daemon=True)
         self.current = Keyset(False)
         self.use: Mapping[str, KeyUse] = MappingProxyType({})
+        self._heard = threading.Condition()
+        self._told: str | None = None
         self.follow(path)
 
     def start(self) -> None:
@@ -123,9 +126,19 @@ class Keyring:
             else:
                 self._look(path, Keyset(True))
 
-    def counted(self, use: Mapping[str, KeyUse]) -> None:
-        """Take in what the gate counted (a thread of the control socket)."""
-        self.use = MappingProxyType(dict(use))
+    def heard(self, version: str | None, use: Mapping[str, KeyUse]) -> None:
+        """Take in which keys the gate has and what it counted (a thread of the control socket)."""
+        with self._heard:
+            self._told, self.use = version, MappingProxyType(dict(use))
+            self._heard.notify_all()
+
+    def await_gate(self) -> bool:
+        """Wait until the gate has the keys of now; False when it does not say so in time.
+
+        Blocks its thread for at most ``GATE_WITHIN`` seconds.
+        """
+        with self._heard:
+            return self._heard.wait_for(lambda: self._told == self.current.version, GATE_WITHIN)
 
     def _watch(self) -> None:
         while not self._closed.wait(LOOK_EVERY):

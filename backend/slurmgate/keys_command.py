@@ -8,6 +8,7 @@ needs the schema is imported where it is used, so that other commands start quic
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import time
@@ -16,7 +17,7 @@ from datetime import datetime
 from pathlib import Path
 
 from slurmgate import keys, keys_file
-from slurmgate.errors import KeysError
+from slurmgate.errors import ConfigError, KeysError
 from slurmgate.keys import Key
 from slurmgate.model import Config
 
@@ -54,7 +55,7 @@ def run_add(args: argparse.Namespace) -> int:
 
 def run_list(args: argparse.Namespace) -> int:
     """``keys list``: a table for people, or JSON."""
-    path = _keys_file(_config(args))
+    path = _keys_file_anyway(args)
     found = keys.load(path) if path.exists() else ()
     now = int(time.time())
     text = as_json(found, now) if args.json else table(found, now)
@@ -64,7 +65,7 @@ def run_list(args: argparse.Namespace) -> int:
 
 def run_revoke(args: argparse.Namespace) -> int:
     """``keys revoke``."""
-    path = _keys_file(_config(args))
+    path = _keys_file_anyway(args)
     keys_file.change(path, _revoking(args.name, path))
     sys.stdout.write(f"{args.name}: revoked; a gate that runs refuses it within 2 seconds\n")
     return 0
@@ -94,6 +95,22 @@ def _config(args: argparse.Namespace) -> Config:
     from slurmgate import config
 
     return config.load(args.config)
+
+
+def _keys_file_anyway(args: argparse.Namespace) -> Path:
+    """Name the file though the configuration has mistakes elsewhere: while somebody mends them a
+    key can be revoked.
+    """
+    from slurmgate.config.specs import resolve
+
+    try:
+        return _keys_file(_config(args))
+    except ConfigError:
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            match json.loads(args.config.read_bytes()):
+                case {"keys_file": str(name)}:
+                    return resolve(name, args.config.absolute().parent)
+        raise
 
 
 def _nearest(word: str, known: Iterable[str]) -> str | None:

@@ -380,6 +380,21 @@ def test_a_limit_is_a_number(command, number, capsys):
     assert "should be a number" in capsys.readouterr().err
 
 
+def test_a_key_can_be_revoked_while_the_configuration_has_mistakes(tmp_path, capsys):
+    keys_file.change(tmp_path / "keys.json", adding("alice"))
+    wrong = tmp_path / "services.json"
+    wrong.write_text('{"keys_file": "keys.json", "Services": [{"name": 3}]}')
+    options = ["--config", str(wrong)]
+    assert cli.main(["keys", "add", "bob", *options]) == 1
+    assert "Services[0]" in capsys.readouterr().err
+    assert cli.main(["keys", "revoke", "alice", *options]) == 0
+    assert names(tmp_path / "keys.json") == []
+    for content in ('{"keys_file": 3}', "{"):
+        wrong.write_text(content)
+        assert cli.main(["keys", "list", *options]) == 1
+        assert str(wrong) in capsys.readouterr().err or content != "{"
+
+
 def test_without_a_keys_file_in_the_configuration_the_remedy_is_named(
     command, tmp_path, monkeypatch
 ):

@@ -146,7 +146,8 @@ def test_a_reload_sets_and_removes_the_file(guarded):
     assert guarded.status() == 200
     guarded.product.top["keys_file"] = guarded.file.name
     guarded.product.write_config()
-    guarded.until_status(401)
+    guarded.product.run("reload")
+    assert guarded.status() == 401
     secret = guarded.add("alice")
     guarded.until_status(200, secret)
     del guarded.product.top["keys_file"]

@@ -10,6 +10,7 @@ from flask import Blueprint, Response, request
 
 from slurmgate.control import Control
 from slurmgate.errors import Unauthorized
+from slurmgate.keyring import Keyring
 from slurmgate.reload import Reloader
 
 MOST_LINES = 10_000
@@ -18,6 +19,7 @@ MOST_LINES = 10_000
 def blueprint(
     control: Control,
     reloader: Reloader,
+    keyring: Keyring,
     token: Callable[[], str],
     remember_management: Callable[[bool], None],
 ) -> Blueprint:
@@ -36,7 +38,8 @@ def blueprint(
 
     def done(**more: object) -> Response:
         """Answer once the gate knows, so that the next request meets what was changed."""
-        answer = {"ok": True, "gate_informed": control.await_gate(), **more}
+        informed = control.await_gate() and keyring.await_gate()
+        answer = {"ok": True, "gate_informed": informed, **more}
         return Response(json.dumps(answer) + "\n", mimetype="application/json")
 
     @routes.post("/admin/reload")

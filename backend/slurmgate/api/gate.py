@@ -30,7 +30,7 @@ def blueprint(control: Control, keyring: Keyring) -> Blueprint:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             abort(400, f"not a report of a gate: {error!r}")
         answer = control.notify(report) or {}
-        keyring.counted(use)
+        keyring.heard(known, use)
         keys = keyring.current  # not before the snapshot, which must never be the newer one
         # A gate that gets its first snapshot gets the keys with it: until then it holds requests,
         # from then on it lets them in.
