@@ -4,13 +4,15 @@
 -- 1000 levels and a byte order mark, which are refused, and very long integers, which are not.
 --
 -- One table tells for each state and byte the next state, or what to do: so a piece may end
--- anywhere, and all of JSON's grammar stands in the lines that fill that table. The insides of
--- strings are skipped eight bytes at a time. No state but that table; a reader is its caller's.
+-- anywhere, and all of JSON's grammar stands in the lines that fill that table. Beside it there are
+-- short cuts for what bodies are full of, which may give up after any byte and leave the rest to
+-- the table: the insides of strings, eight bytes at a time, and objects of strings. No state but
+-- that table; a reader is its caller's.
 
 local bit = require "bit"
 local ffi = require "ffi"
 
-local band, bor, bxor, rshift = bit.band, bit.bor, bit.bxor, bit.rshift
+local band, bnot, bor, bxor, rshift = bit.band, bit.bnot, bit.bor, bit.bxor, bit.rshift
 local byte, char, find, sub = string.byte, string.char, string.find, string.sub
 local cast, text_at = ffi.cast, ffi.string
 local concat = table.concat
@@ -31,6 +33,9 @@ local SPACES = 0x2020202020202020ULL
 local QUOTES = 0x2222222222222222ULL
 local BACKSLASHES = 0x5c5c5c5c5c5c5c5cULL
 
+local QUOTE, COMMA, COLON, BLANK = 0x22, 0x2c, 0x3a, 0x20
+local OPENING_BRACE, CLOSING_BRACE = 0x7b, 0x7d
+
 local MODEL, STREAM, PLACE = 1, 2, 3
 local INTEREST = {
     model = MODEL, stream = STREAM, messages = PLACE, prompt = PLACE + 1, input = PLACE + 2,
@@ -44,10 +49,12 @@ local KINDS = {
 -- A state is a multiple of 256, the index of its row. From ACTIONS on, values are things to do.
 local ROW = 256
 local ACTIONS = 60000
-local FAIL, OPEN_OBJECT, OPEN_LIST, CLOSE = ACTIONS, ACTIONS + 1, ACTIONS + 2, ACTIONS + 3
-local RESUME, KEY_END, TEXT_END, SCALAR = ACTIONS + 4, ACTIONS + 5, ACTIONS + 6, ACTIONS + 7
-local STRINGS = ACTIONS + 8 -- and on: a string begins, in a place of use 0 to 4
-local TOP_KEY, TOP_TEXT = STRINGS, STRINGS + 1
+local FAIL, OPEN, CLOSE, RESUME = ACTIONS, ACTIONS + 1, ACTIONS + 2, ACTIONS + 3
+-- On the top level: a key, a string, another value
+local KEY_END, TEXT_END, SCALAR = ACTIONS + 4, ACTIONS + 5, ACTIONS + 6
+-- A string begins: a key or a value of the top object, of another object, or a value of a list.
+local TOP_KEY, TOP_TEXT, KEY, TEXT, ITEM =
+    ACTIONS + 8, ACTIONS + 9, ACTIONS + 10, ACTIONS + 11, ACTIONS + 12
 
 local rows = 0
 local moves = ffi.new("uint16_t[?]", 200 * ROW)
@@ -116,7 +123,8 @@ end
 
 local SPACE = " \t\n\r"
 
--- What may follow a value: `ends` does it.
+-- The states of numbers; `ends` adds to a state what may follow a value. Returns the first
+-- characters and their states.
 local function add_scalars(ends)
     local zero, whole, dot, part = new_state(), new_state(), new_state(), new_state()
     local e, sign, power, minus = new_state(), new_state(), new_state(), new_state()
@@ -145,6 +153,7 @@ local function add_scalars(ends)
     return first
 end
 
+-- The states of a word, whose first character leads to the one returned.
 local function add_word(word, over)
     local follows = over
     for at = #word, 2, -1 do
@@ -177,13 +186,15 @@ close_quote(key_object, colon_object)
 close_quote(text_object, after_object)
 close_quote(text_list, after_list)
 
-local scalar_top = {} -- first byte of a value at the top → state, 0 where no such value begins
+local scalar_top = ffi.new("uint16_t[256]") -- first byte of such a value at the top → state
 
-local function add_values(state, string_use, after, ends)
+-- The states of a place where a value is expected; returns where each value that is neither string
+-- nor object nor list begins: its first character → state.
+local function add_values(state, text, after, ends)
     on(state, SPACE, state)
-    on(state, '"', STRINGS + string_use)
-    on(state, "{", OPEN_OBJECT)
-    on(state, "%[", OPEN_LIST)
+    on(state, '"', text)
+    on(state, "{", OPEN)
+    on(state, "%[", OPEN)
     local first = add_scalars(ends)
     for _, word in ipairs { "true", "false", "null" } do
         first[sub(word, 1, 1)] = add_word(word, after)
@@ -191,7 +202,7 @@ local function add_values(state, string_use, after, ends)
     return first
 end
 
-local function add_object(after, colon, string_use, key_use)
+local function add_object(after, colon, key_begins, text_begins)
     local begin, key, value = new_state(), new_state(), new_state()
     local function ends(state)
         on(state, SPACE, after)
@@ -201,17 +212,21 @@ local function add_object(after, colon, string_use, key_use)
     ends(after)
     on(begin, SPACE, begin)
     on(begin, "}", CLOSE)
-    on(begin, '"', STRINGS + key_use)
+    on(begin, '"', key_begins)
     on(key, SPACE, key)
-    on(key, '"', STRINGS + key_use)
+    on(key, '"', key_begins)
     on(colon, SPACE, colon)
     on(colon, ":", value)
-    local first = add_values(value, string_use, after, ends)
+    local first = add_values(value, text_begins, after, ends)
     for letter, state in pairs(first) do
-        moves[value + byte(letter)] = after == after_top and SCALAR or state
-        scalar_top[byte(letter)] = after == after_top and state or scalar_top[byte(letter)]
+        if after == after_top then
+            moves[value + byte(letter)] = SCALAR
+            scalar_top[byte(letter)] = state
+        else
+            moves[value + byte(letter)] = state
+        end
     end
-    return begin
+    return begin, key, value
 end
 
 local function add_list(after)
@@ -222,7 +237,7 @@ local function add_list(after)
         on(state, "%]", CLOSE)
     end
     ends(after)
-    local first = add_values(value, 4, after, ends)
+    local first = add_values(value, ITEM, after, ends)
     for letter, state in pairs(first) do
         moves[value + byte(letter)] = state
     end
@@ -231,17 +246,15 @@ local function add_list(after)
     end
     on(begin, SPACE, begin)
     on(begin, "%]", CLOSE)
-    return begin
+    return begin, value
 end
 
-local BEGIN_TOP = add_object(after_top, colon_top, 1, 0)
-local BEGIN_OBJECT = add_object(after_object, colon_object, 3, 2)
-local BEGIN_LIST = add_list(after_list)
+local begin_top = add_object(after_top, colon_top, TOP_KEY, TOP_TEXT)
+local begin_object, next_key, object_value = add_object(after_object, colon_object, KEY, TEXT)
+local begin_list, list_value = add_list(after_list)
 on(START, SPACE, START)
-on(START, "{", OPEN_OBJECT)
+on(START, "{", OPEN)
 on(END, SPACE, END)
-
-local string_of = { [0] = key_top, text_top, key_object, text_object, text_list }
 
 -- Names and texts ----------------------------------------------------------------------------
 
@@ -296,6 +309,11 @@ local function unescape(raw)
     end
 end
 
+-- For each level, what comes behind a value on it. Few bodies need many levels.
+local FEW_LEVELS = 32
+local few_levels = ffi.typeof("uint16_t[" .. FEW_LEVELS + 1 .. "]")
+local all_levels = ffi.typeof("uint16_t[" .. MAX_DEPTH + 1 .. "]")
+
 local _M = {}
 
 --- Whether a text is UTF-8.
@@ -324,7 +342,7 @@ end
 --- included), stream, place (of the beginning of its prompt).
 function _M.new()
     return {
-        state = START, depth = 0, offset = 0, levels = nil,
+        state = START, depth = 0, offset = 0, levels = few_levels(),
         interest = nil, capturing = false, begin = 0, kept = "", limit = 0,
         model = nil, model_problem = nil, model_seen = false, from = nil, to = nil,
         stream = false, place = nil, place_of = PLACE + 3,
@@ -387,8 +405,8 @@ local function end_key(self, p, to)
 end
 
 -- A value of interest begins at `at` of this piece.
-local function begin_value(self, interest, first, at)
-    local begin = self.offset + at
+local function begin_value(self, first, at)
+    local interest, begin = self.interest, self.offset + at
     if interest == MODEL then
         self.model = nil
         if self.model_seen then
@@ -397,7 +415,7 @@ local function begin_value(self, interest, first, at)
             return
         end
         self.model_seen = true
-        if first ~= 0x22 then
+        if first ~= QUOTE then
             self.model_problem = '"model" must be a string, got '
                 .. (KINDS[char(first)] or "a number")
             self.interest = nil
@@ -441,90 +459,204 @@ local function end_value(self, p, to)
     end
 end
 
--- The place behind the bytes from `i` that need no look: neither quote nor backslash nor control
--- character nor anything but ASCII, eight at a time.
-local function skip(p, i, n)
+-- How many bytes of a word come before its first marked one.
+local function before_mark(marks)
+    return tonumber(rshift(band(marks - 1ULL, bnot(marks), ONES) * ONES, 56)) - 1
+end
+
+-- Marks bytes that need a look: quotes, backslashes, control characters, anything but ASCII. Bytes
+-- behind the first marked one may be marked wrongly.
+local function marks_at(p, i)
+    local w = cast("const uint64_t *", p + i)[0]
+    return band(HIGH_BITS,
+        bor(w, w - SPACES, bxor(w, QUOTES) - ONES, bxor(w, BACKSLASHES) - ONES))
+end
+
+local function skip_long(p, i, n)
     while i + WORD <= n do
-        local w = cast("const uint64_t *", p + i)[0]
-        local special = bor(w, w - SPACES, bxor(w, QUOTES) - ONES, bxor(w, BACKSLASHES) - ONES)
-        if band(special, HIGH_BITS) ~= 0ULL then
-            return i
+        local marks = marks_at(p, i)
+        if marks ~= 0ULL then
+            return i + before_mark(marks)
         end
         i = i + WORD
     end
     return i
 end
 
+-- The place of the next byte from `i` on, in a string, that needs a look; or one before it, near
+-- the end. Most strings are short, and a loop would cost a change of traces.
+local function skip(p, i, n)
+    if i + 2 * WORD > n then
+        return i
+    end
+    local marks = marks_at(p, i)
+    if marks ~= 0ULL then
+        return i + before_mark(marks)
+    end
+    marks = marks_at(p, i + WORD)
+    if marks ~= 0ULL then
+        return i + WORD + before_mark(marks)
+    end
+    return skip_long(p, i + 2 * WORD, n)
+end
+
+-- A short cut: a key has begun before `i`; reads on as long as it looks like "key": "text".
+local function pair(p, i, n)
+    i = skip(p, i, n)
+    if i >= n or p[i] ~= QUOTE then
+        return i, key_object
+    end
+    i = i + 1
+    if i >= n or p[i] ~= COLON then
+        return i, colon_object
+    end
+    i = i + 1
+    if i < n and p[i] == BLANK then
+        i = i + 1
+    end
+    if i >= n or p[i] ~= QUOTE then
+        return i, object_value
+    end
+    i = skip(p, i + 1, n)
+    if i >= n or p[i] ~= QUOTE then
+        return i, text_object
+    end
+    return i + 1, after_object
+end
+
+-- Two of them: what messages are made of.
+local function pairs_of_strings(p, i, n)
+    local state
+    i, state = pair(p, i, n)
+    if state ~= after_object or i >= n or p[i] ~= COMMA then
+        return i, state
+    end
+    i = i + 1
+    if i < n and p[i] == BLANK then
+        i = i + 1
+    end
+    if i >= n or p[i] ~= QUOTE then
+        return i, next_key
+    end
+    return pair(p, i + 1, n)
+end
+
+-- A short cut: an object in a list has ended before `i`; what follows, if it looks like the next
+-- one. Whether that began is the third value.
+local function next_object(p, i, n)
+    if i >= n or p[i] ~= COMMA then
+        return i, after_list, false
+    end
+    i = i + 1
+    if i < n and p[i] == BLANK then
+        i = i + 1
+    end
+    if i >= n or p[i] ~= OPENING_BRACE then
+        return i, list_value, false
+    end
+    return i + 1, begin_object, true
+end
+
+-- An object or list begins at `at` of this piece, below `depth` others; its first state.
+local function open(self, first, at, depth)
+    if depth == 0 then
+        return begin_top
+    elseif depth == 1 and self.interest then
+        begin_value(self, first, at)
+    elseif depth == FEW_LEVELS then
+        local levels = all_levels()
+        ffi.copy(levels, self.levels, ffi.sizeof(few_levels))
+        self.levels = levels
+    end
+    if first == OPENING_BRACE then
+        self.levels[depth + 1] = after_object
+        return begin_object
+    end
+    self.levels[depth + 1] = after_list
+    return begin_list
+end
+
+-- One ends before `i`, and `depth` are left.
+local function close(self, p, i, n, depth)
+    if depth > 1 then
+        local state = self.levels[depth]
+        if state == after_list and p[i - 1] == CLOSING_BRACE then
+            local again
+            i, state, again = next_object(p, i, n)
+            depth = again and depth + 1 or depth
+        end
+        return i, state, depth
+    elseif depth == 1 then
+        end_value(self, p, i)
+        return i, after_top, depth
+    end
+    return i, END, depth
+end
+
+-- What happens on the top level only; `i` is behind the byte that made it happen.
+local function at_top(self, p, i, move)
+    local first = p[i - 1]
+    if move == TOP_KEY then
+        self.begin, self.limit, self.capturing = self.offset + i, MAX_KEY, true
+        return key_top
+    elseif move == KEY_END then
+        end_key(self, p, i - 1)
+        return colon_top
+    elseif move == TEXT_END then
+        end_value(self, p, i)
+        return after_top
+    end
+    if self.interest then
+        begin_value(self, first, i - 1)
+    end
+    if move == TOP_TEXT then
+        return text_top
+    end
+    self.interest, self.capturing = nil, false
+    return scalar_top[first]
+end
+
 --- Read the next `n` bytes at `p` (a pointer to uint8_t). True, or nil and what is wrong. Never
 --- yields.
 function _M.feed(self, p, n)
-    local state, depth, levels = self.state, self.depth, self.levels
+    local state, depth = self.state, self.depth
     local i = 0
     if state < texts and state % STRING_ROWS == 0 then
         state = state + ROW
     end
     while i < n do
-        local move = moves[state + p[i]]
-        i = i + 1
-        if move < ACTIONS then
+        local move
+        repeat -- in a loop of its own it is one trace, whatever the body looks like
+            move = moves[state + p[i]]
+            i = i + 1
+            if move >= ACTIONS then
+                break
+            end
             state = move
+        until i >= n
+        if move < ACTIONS then
+            break
+        elseif move == KEY then
+            i, state = pairs_of_strings(p, i, n)
+        elseif move == CLOSE then
+            i, state, depth = close(self, p, i, n, depth - 1)
+        elseif move == OPEN then
+            if depth == MAX_DEPTH then
+                return nil, format("more than %d levels at byte %d", MAX_DEPTH, self.offset + i)
+            end
+            state = open(self, p[i - 1], i - 1, depth)
+            depth = depth + 1
         elseif move == RESUME then
             state = state - ROW
             i = skip(p, i, n)
-        elseif move > TOP_TEXT then
-            state = string_of[move - STRINGS]
+        elseif move == TEXT or move == ITEM then
+            state = move == TEXT and text_object or text_list
             i = skip(p, i, n)
-        elseif move == CLOSE then
-            depth = depth - 1
-            if depth > 1 then
-                state = levels[depth]
-            elseif depth == 1 then
-                state = after_top
-                end_value(self, p, i)
-            else
-                state = END
-            end
-        elseif move == OPEN_OBJECT or move == OPEN_LIST then
-            if depth == 1 and self.interest then
-                begin_value(self, self.interest, p[i - 1], i - 1)
-            elseif depth == MAX_DEPTH then
-                return nil, format("not accepted: more than %d levels", MAX_DEPTH)
-            end
-            depth = depth + 1
-            if depth == 1 then
-                state = BEGIN_TOP
-            else
-                if depth == 2 and not levels then
-                    levels = ffi.new("uint16_t[?]", MAX_DEPTH + 1)
-                    self.levels = levels
-                end
-                levels[depth] = move == OPEN_LIST and after_list or after_object
-                state = move == OPEN_LIST and BEGIN_LIST or BEGIN_OBJECT
-            end
-        elseif move == TOP_KEY then
-            self.begin, self.limit, self.capturing = self.offset + i, MAX_KEY, true
-            state = key_top
-        elseif move == KEY_END then
-            end_key(self, p, i - 1)
-            state = colon_top
-        elseif move == TOP_TEXT then
-            if self.interest then
-                begin_value(self, self.interest, 0x22, i - 1)
-            end
-            state = text_top
-            i = skip(p, i, n)
-        elseif move == TEXT_END then
-            end_value(self, p, i)
-            state = after_top
-        elseif move == SCALAR then
-            local first = p[i - 1]
-            if self.interest then
-                begin_value(self, self.interest, first, i - 1)
-                self.interest, self.capturing = nil, false
-            end
-            state = scalar_top[first]
-        else
+        elseif move == FAIL then
             return failure(state, p[i - 1], self.offset + i)
+        else
+            state = at_top(self, p, i, move)
+            i = move == TOP_TEXT and skip(p, i, n) or i
         end
     end
     if self.capturing then
