@@ -29,10 +29,13 @@ fi
 # variable, because older versions have no such option.
 export PROMETHEUS_PORT=$(($1 + 20000))
 
+# Other people must not be there first, as they could be at a name in /tmp that can be guessed.
+sockets=$(mktemp -d /tmp/tgi-XXXXXXXX)
+
 exec "${server[@]}" \
     --model-id "$model" \
     --hostname "$host" \
     --port "$1" \
     --num-shard "${SLURM_GPUS_ON_NODE:-1}" \
     --master-port "$(($1 + 10000))" \
-    --shard-uds-path "/tmp/tgi-${SLURM_JOB_ID:-$$}"
+    --shard-uds-path "$sockets/shard"
