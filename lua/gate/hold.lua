@@ -303,7 +303,7 @@ function _M.again(var)
         balancer.broke_off(id)
     end
     if code then
-        return refusal.send(var, code)
+        return refuse(var, code)
     end
     if sent > 0 then
         note_sent(var, id)

@@ -19,14 +19,16 @@
 local cjson = require "cjson.safe"
 local ffi = require "ffi"
 
+local body_file = require "gate.body_file"
 local clock = require "gate.clock"
+local multipart = require "gate.multipart"
 local scanner = require "gate.scanner"
 
 local C = ffi.C
-local lower, sub = string.lower, string.sub
-local cast = ffi.cast
-local min = math.min
-local open = io.open
+local gsub, lower, sub = string.gsub, string.lower, string.sub
+local append = ngx.req.append_body
+local cast, text_at = ffi.cast, ffi.string
+local max, min = math.max, math.min
 
 local PIECE = 131072
 local TURN_S = 0.004 -- of work before others get their turn
@@ -94,13 +96,9 @@ local function each_piece(take, taker)
     if text then
         return each_of_text(text, take, taker)
     end
-    local name = ngx.req.get_body_file()
-    if not name then
-        return true
-    end
-    local file, why = open(name, "rb")
+    local file, why = body_file.open()
     if not file then
-        return nil, "the body cannot be read: " .. why
+        return not why, why and "the body cannot be read: " .. why
     end
     local ok
     ok, why = each_of_file(file, take, taker)
@@ -110,30 +108,92 @@ end
 
 -- Looking ------------------------------------------------------------------------------------
 
+local function inspect_form(content_type)
+    local reader, why = multipart.new(content_type)
+    if not reader then
+        return nil, why
+    end
+    reader.form = true
+    local ok
+    ok, why = each_piece(multipart.feed, reader)
+    if not ok then
+        return nil, why
+    end
+    ok, why = multipart.finish(reader)
+    return ok and reader, why
+end
+
+local function inspect_json()
+    local reader = scanner.new()
+    local ok, why = each_piece(scanner.feed, reader)
+    if not ok then
+        return nil, why
+    end
+    ok, why = scanner.finish(reader)
+    return ok and reader, why
+end
+
 --- See the top.
 function _M.inspect(var)
     local encoding = var.http_content_encoding
     if encoding and lower(encoding) ~= "identity" then
         return nil, "bad-body", ENCODED
     end
-    local reader = scanner.new()
-    local ok, why = each_piece(scanner.feed, reader)
-    if ok then
-        ok, why = scanner.finish(reader)
+    local content_type = var.content_type
+    local found, why
+    if content_type and multipart.is(content_type) then
+        found, why = inspect_form(content_type)
+    else
+        found, why = inspect_json()
     end
-    if not ok then
+    if not found then
         return nil, "bad-body", why
     end
-    return reader
+    return found
 end
 
 -- Renaming -----------------------------------------------------------------------------------
 
+-- Copies a piece into the new body, without what lies in the model's place.
+local function copy(self, p, n)
+    local at, found = self.at, self.found
+    self.at = at + n
+    if at < found.from then
+        append(text_at(p, min(n, found.from - at)))
+    end
+    if at <= found.from and found.from < at + n then
+        append(self.name)
+    end
+    if at + n > found.to then
+        local from = max(0, found.to - at)
+        append(text_at(p + from, n - from))
+    end
+    return true
+end
+
+-- The old file is opened first: to begin a new body deletes it.
+local function rename_in_file(found, name)
+    local file, why = open(ngx.req.get_body_file(), "rb")
+    if not file then
+        return nil, "internal", "the body cannot be read: " .. why
+    end
+    ngx.req.init_body(PIECE)
+    each_of_file(file, copy, { at = 0, found = found, name = name })
+    ngx.req.finish_body()
+    file:close()
+    return true
+end
+
 --- See the top.
 function _M.rename(found, name)
+    if not found.form then
+        name = gsub(cjson.encode(name), "\\/", "/")
+    end
     local text = ngx.req.get_body_data()
-    local new = cjson.encode(name)
-    ngx.req.set_body_data(sub(text, 1, found.from) .. new .. sub(text, found.to + 1))
+    if not text then
+        return rename_in_file(found, name)
+    end
+    ngx.req.set_body_data(sub(text, 1, found.from) .. name .. sub(text, found.to + 1))
     return true
 end
 

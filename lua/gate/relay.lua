@@ -5,6 +5,7 @@
 -- request still has are its use, its key's, and the bytes of its body.
 
 local activity = require "gate.activity"
+local body_file = require "gate.body_file"
 local client = require "gate.client"
 local clock = require "gate.clock"
 local events = require "gate.events"
@@ -14,7 +15,6 @@ local registry = require "gate.registry"
 local settings = require "gate.settings"
 
 local concat = table.concat
-local io_open = io.open
 local max = math.max
 local min = math.min
 local pairs = pairs
@@ -99,21 +99,20 @@ local function connect()
     return nil
 end
 
--- The body: its length, and its text or its open file. nil if it cannot be had.
+-- The body: its length (-1 for none at all), and its text or its open file. nil if it cannot be had.
 local function body_of(var)
     local text = ngx.req.get_body_data()
     if text then
         return #text, text
     end
-    local name = ngx.req.get_body_file()
-    if name then
-        local file = io_open(name, "rb")
-        local size = file and file:seek("end")
-        if not size then
-            return nil
-        end
+    local file, why = body_file.open()
+    if file then
+        local size = file:seek("end")
         file:seek("set")
-        return size, nil, file
+        return size, "", file
+    elseif why then
+        ngx.log(ngx.WARN, "body of a held stream: ", why)
+        return nil
     end
     local has_body = var.http_content_length or var.http_transfer_encoding
     return has_body and 0 or -1, ""
@@ -300,7 +299,7 @@ function _M.answer(var)
     local head = head_of(var, length)
     begin(var)
     beat(var)
-    local ok = sock:send(head .. (text or ""))
+    local ok = sock:send(head .. text)
     if ok and file then
         ok = send_file(sock, file, length)
         file:close()

@@ -21,7 +21,7 @@ LAYERS = (
     {"keys"},
     {"router", "picker", "prefer", "queue", "problem", "http", "limits"},
     {"shapes", "store", "settings"},
-    {"clock", "client", "flows", "hops", "scanner", "multipart", "events", "inner"},
+    {"clock", "client", "flows", "hops", "scanner", "multipart", "events", "inner", "body_file"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 PURE = ("router", "picker", "prefer", "queue", "shapes", "events")
