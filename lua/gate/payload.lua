@@ -29,6 +29,7 @@ local gsub, lower, sub = string.gsub, string.lower, string.sub
 local append = ngx.req.append_body
 local cast, text_at = ffi.cast, ffi.string
 local max, min = math.max, math.min
+local open = io.open
 
 local PIECE = 131072
 local TURN_S = 0.004 -- of work before others get their turn
