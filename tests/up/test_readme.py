@@ -1,4 +1,4 @@
-"""Every command of the README, run as it stands there, against ``make run``."""
+"""Every command and program of the README, run as it stands there, against ``make run``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 
 import pytest
 
@@ -13,6 +14,7 @@ from tests.up.product import ROOT
 from tests.waiting import until
 
 BLOCK = re.compile(r"^```console\n(.*?)^```", re.MULTILINE | re.DOTALL)
+PROGRAM = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 RUNS_US = {"make test", "make check", "make bench"}
 SERVES = "make run"
 
@@ -46,9 +48,19 @@ def shell(command: str, environment: dict[str, str]) -> subprocess.CompletedProc
     )
 
 
+def output_of(program: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done
+    return done.stdout
+
+
 @pytest.mark.timeout(240)
 def test_every_command_of_the_readme_works_as_shown(environment):
     known = commands()
+    programs = PROGRAM.findall((ROOT / "README.md").read_text())
+    assert len(programs) == 2
     assert SERVES in [command for command, _ in known]
     assert len(known) > 12
     served = subprocess.Popen(
@@ -72,6 +84,7 @@ def test_every_command_of_the_readme_works_as_shown(environment):
             assert done.returncode == 0 if command != SERVES else True, (command, done)
             if output:
                 assert done.stdout.strip() == output.strip(), command
+        assert "hello" in "".join(output_of(program) for program in programs)
     finally:
         os.killpg(served.pid, signal.SIGINT)
         served.stdout.close()
