@@ -17,7 +17,7 @@ from datetime import datetime
 from pathlib import Path
 
 from slurmgate import keys, keys_file
-from slurmgate.errors import ConfigError, KeysError
+from slurmgate.errors import ConfigError, KeysError, KeysMissing
 from slurmgate.keys import Key
 from slurmgate.model import Config
 
@@ -56,7 +56,9 @@ def run_add(args: argparse.Namespace) -> int:
 def run_list(args: argparse.Namespace) -> int:
     """``keys list``: a table for people, or JSON."""
     path = _keys_file_anyway(args)
-    found = keys.load(path) if path.exists() else ()
+    found: tuple[Key, ...] = ()
+    with contextlib.suppress(KeysMissing):  # before the first
+        found = keys.load(path)
     now = int(time.time())
     text = as_json(found, now) if args.json else table(found, now)
     sys.stdout.write(f"{text}\n")
@@ -108,7 +110,7 @@ def _keys_file_anyway(args: argparse.Namespace) -> Path:
     except ConfigError:
         with contextlib.suppress(OSError, ValueError, RecursionError):
             match json.loads(args.config.read_bytes()):
-                case {"keys_file": str(name)}:
+                case {"keys_file": str(name)} if name and name.isprintable():
                     return resolve(name, args.config.absolute().parent)
         raise
 
