@@ -14,12 +14,13 @@ from tests.gate.harness import free_port, replica
 
 PIECE_S = 0.05
 STREAM = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+EVENTS = STREAM.replace(b"Transfer", b"Content-Type: text/event-stream\r\nTransfer")
 UPGRADED = b"HTTP/1.1 101 x\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n"
 
 
 class SmallService:
-    """Answers ``/hold…`` when released; streams ``/stream…``, and ``/upgrade…`` with another
-    protocol, until then; answers all else at once.
+    """Answers ``/hold…`` when released; streams ``/stream…``, ``/events…`` as an event
+    stream, and ``/upgrade…`` with another protocol, until then; answers all else at once.
 
     ``health`` is ``good``, ``bad`` (503) or ``mute`` (no answer). ``seen`` are the paths asked for
     in order, ``in_flight`` how many are not yet answered. Attributes may be read by any thread.
@@ -93,6 +94,9 @@ class SmallService:
         try:
             if path.startswith("/stream"):
                 await self._stream(writer, STREAM)
+                return
+            if path.startswith("/events"):
+                await self._stream(writer, EVENTS)
                 return
             if path.startswith("/upgrade"):
                 await self._stream(writer, UPGRADED)
