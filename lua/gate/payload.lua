@@ -29,9 +29,8 @@ local gsub, lower, sub = string.gsub, string.lower, string.sub
 local append = ngx.req.append_body
 local cast, text_at = ffi.cast, ffi.string
 local max, min = math.max, math.min
-local open = io.open
 
-local PIECE = 131072
+local PIECE = 65536  -- memory of more at once is given back each time, and costs page faults
 local TURN_S = 0.004 -- of work before others get their turn
 -- Debian's nginx warns of each sleep of nothing. One of a millisecond is at once over on a worker
 -- with other work, because nginx counts it from the beginning of our turn.
@@ -174,9 +173,9 @@ end
 
 -- The old file is opened first: to begin a new body deletes it.
 local function rename_in_file(found, name)
-    local file, why = open(ngx.req.get_body_file(), "rb")
+    local file, why = body_file.open()
     if not file then
-        return nil, "internal", "the body cannot be read: " .. why
+        return nil, "internal", "the body cannot be read: " .. (why or "there is none")
     end
     ngx.req.init_body(PIECE)
     each_of_file(file, copy, { at = 0, found = found, name = name })

@@ -642,7 +642,8 @@ function _M.feed(self, p, n)
             i, state, depth = close(self, p, i, n, depth - 1)
         elseif move == OPEN then
             if depth == MAX_DEPTH then
-                return nil, format("more than %d levels at byte %d", MAX_DEPTH, self.offset + i)
+                return nil, format("not accepted: more than %d levels (byte %d)",
+                    MAX_DEPTH, self.offset + i)
             end
             state = open(self, p[i - 1], i - 1, depth)
             depth = depth + 1

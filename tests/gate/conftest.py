@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from slurmgate.model import GateSpec
+from tests.gate.body_reader import BodyReader
 from tests.gate.harness import EchoService, FakeBackend, Gate, free_port
 
 
@@ -53,3 +54,14 @@ def gate(
     yield running
     running.stop()
     assert running.error_lines() == []
+
+
+@pytest.fixture(scope="module")
+def reader() -> Iterator[BodyReader]:
+    path = Path(tempfile.mkdtemp(prefix="sg-scan-"))
+    running = BodyReader(path)
+    yield running
+    running.stop()
+    lines = running.error_lines()
+    shutil.rmtree(path, ignore_errors=True)
+    assert lines == []

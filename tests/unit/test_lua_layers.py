@@ -13,15 +13,17 @@ GATE = Path(__file__).parents[2] / "lua" / "gate"
 LAYERS = (
     {"phases"},
     {"duties", "pages"},
-    {"hold", "health", "relay"},
+    {"hold", "health"},
+    {"relay"},
     {"routing", "refusal", "rooms"},
     {"balancer", "bodies", "notifier", "payload", "cors", "idlers"},
     {"activity"},
     {"registry"},
     {"keys"},
-    {"router", "picker", "prefer", "queue", "problem", "http", "limits"},
+    {"router", "picker", "prefer", "queue", "problem", "http", "limits", "events", "inner"},
     {"shapes", "store", "settings"},
-    {"clock", "client", "flows", "hops", "scanner", "multipart", "events", "inner", "body_file"},
+    {"multipart"},
+    {"clock", "client", "flows", "hops", "scanner", "body_file"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 PURE = ("router", "picker", "prefer", "queue", "shapes", "events")
