@@ -108,8 +108,7 @@ function _M.wait_for(var, name)
     return store.sum(store.workers(), ":w:" .. name)
 end
 
---- Another request waits in its place. It keeps the bytes that are reserved for its body.
-function _M.hand_wait_over(var)
+local function leave_queue(var)
     local name = var.sg_waits_for
     if name and name ~= "" then
         store.count(key(":w:", name), -1)
@@ -121,10 +120,28 @@ end
 --- It waits no longer: its place and the bytes reserved for its body are free.
 function _M.end_waiting(var)
     local bytes = tonumber(var.sg_bytes)
-    _M.hand_wait_over(var)
+    leave_queue(var)
     if bytes then
         store.count(key(":b", ""), -bytes)
         var.sg_bytes = ""
+    end
+end
+
+--- Count a request that goes on with the wait and the use of another, which then hands them over.
+function _M.take_over(var)
+    store.count(key(":u:", var.sg_service), 1)
+    var.sg_use = "1"
+    holding = holding + 1
+    _M.begin_waiting(var, var.sg_service)
+end
+
+--- Another request was counted in its place. It keeps the bytes that are reserved for its body.
+function _M.hand_over(var)
+    leave_queue(var)
+    if var.sg_use == "1" then
+        store.count(key(":u:", var.sg_service), -1)
+        var.sg_use = ""
+        holding = holding - 1
     end
 end
 

@@ -3,6 +3,8 @@
 
 local cjson = require "cjson.safe"
 
+local shapes = require "gate.shapes"
+
 local ceil = math.ceil
 local find = string.find
 local format = string.format
@@ -10,15 +12,6 @@ local ipairs = ipairs
 local type = type
 
 local NOT_A_STREAM = "The service answered no event stream."
-local OPENAI_TYPES = {
-    [401] = "authentication_error", [403] = "permission_error", [429] = "rate_limit_error",
-}
-local ANTHROPIC_TYPES = {
-    [401] = "authentication_error", [403] = "permission_error", [404] = "not_found_error",
-    [413] = "request_too_large", [429] = "rate_limit_error", [503] = "overloaded_error",
-    [504] = "timeout_error",
-}
-
 -- Of its own, because others may read numbers that JSON does not have.
 local json = cjson.new()
 json.decode_invalid_numbers(false)
@@ -113,10 +106,6 @@ local function optional(value)
     return value and encode(value) or "null"
 end
 
-local function kind_of(types, status)
-    return types[status] or (status >= 400 and status < 500 and "invalid_request_error" or nil)
-end
-
 --- The event that ends a stream whose service answered something else than a stream, in the shape
 --- of an API ("anthropic", everything else as OpenAI's).
 function _M.failure(api, status, body)
@@ -124,13 +113,11 @@ function _M.failure(api, status, body)
     local said = understand(body)
     local message = said.message
         or (status < 400 and NOT_A_STREAM or format("The service answered %d.", status))
-    local embedded = embed(body)
+    local embedded, kind = embed(body), said.type or shapes.kind(api, status)
     if api == "anthropic" then
-        local kind = said.type or kind_of(ANTHROPIC_TYPES, status) or "api_error"
         return format('event: error\ndata: {"type":"error","error":{"type":%s,"message":%s},'
             .. '"status":%d,"body":%s}\n\n', encode(kind), encode(message), status, embedded)
     end
-    local kind = said.type or kind_of(OPENAI_TYPES, status) or "server_error"
     return format('data: {"error":{"message":%s,"type":%s,"code":%s,"param":%s,"status":%d,'
         .. '"body":%s}}\n\n', encode(message), encode(kind), optional(said.code),
         optional(said.param), status, embedded)

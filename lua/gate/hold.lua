@@ -7,12 +7,12 @@ local balancer = require "gate.balancer"
 local bodies = require "gate.bodies"
 local client = require "gate.client"
 local clock = require "gate.clock"
-local events = require "gate.events"
 local inner = require "gate.inner"
 local keys = require "gate.keys"
 local notifier = require "gate.notifier"
 local refusal = require "gate.refusal"
 local registry = require "gate.registry"
+local relay = require "gate.relay"
 local rooms = require "gate.rooms"
 local routing = require "gate.routing"
 
@@ -133,42 +133,18 @@ local function go_on(var, waiter)
     inner.tell(var)
 end
 
--- Heartbeats ---------------------------------------------------------------------------------
-
--- Seconds until the client of a request that wants a stream is to hear of it; huge for never.
-local function until_heartbeat(var, waiter)
-    local service = registry.find(waiter.name)
-    if not service or service.heartbeat == 0 or var.sg_relayed == "1"
-        or var.sg_streaming ~= "" or var.sg_passive == "1" then
-        return math.huge
-    end
-    return tonumber(var.sg_since) + service.heartbeat - clock.now()
-end
-
-local function wants_stream(var)
-    if var.request_method == "HEAD" or var.sg_upgrade ~= "" then
-        return false
-    elseif events.only_stream(ngx.req.get_headers(0)["accept"]) then
-        return true
-    end
-    routing.look_into(var)
-    return var.sg_stream == "1"
-end
-
 -- If it wants a stream, it answers from now on, and another request waits in its place.
 local function begin_heartbeats(var, waiter)
-    if not wants_stream(var) then
+    if not relay.wanted(var) then
         var.sg_streaming = "0"
         return
     elseif waiter.granted then
         return -- meanwhile it was its turn
     end
-    rooms.hand_over(var, waiter)
+    rooms.hand_over(waiter)
     note_waited(var, waiter)
     return ngx.exec("@relay")
 end
-
--- The wait -----------------------------------------------------------------------------------
 
 local function refuse(var, code, facts)
     inner.tell(var, code)
@@ -196,7 +172,7 @@ local function wait(var, since)
             note_waited(var, waiter)
             return refuse(var, code, facts)
         end
-        local heartbeat = until_heartbeat(var, waiter)
+        local heartbeat = relay.due_in(var, waiter.name)
         if heartbeat <= 0 then
             begin_heartbeats(var, waiter)
             heartbeat = LOOK_EVERY_S
@@ -255,7 +231,8 @@ function _M.resume(var)
     if not inner.unpack(var) then
         return refusal.send(var, "bad-request")
     end
-    activity.begin_waiting(var, var.sg_service)
+    -- Counted before nginx asks for the body: that tells the other request to give its counts back.
+    activity.take_over(var)
     ngx.req.read_body()
     return ngx.exec("@hold")
 end

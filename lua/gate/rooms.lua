@@ -120,17 +120,16 @@ function _M.move(waiter, name)
     enter(waiter, name)
 end
 
---- A request leaves its place to another, which comes with the same ticket.
-function _M.hand_over(var, waiter)
+--- A request leaves its place to another, which comes with the same ticket; it counts as waiting
+--- until that one does.
+function _M.hand_over(waiter)
     go(waiter)
     waiters[waiter.ticket] = nil
-    activity.hand_wait_over(var)
 end
 
 --- A request waits no longer.
 function _M.leave(var, waiter)
-    go(waiter)
-    waiters[waiter.ticket] = nil
+    _M.hand_over(waiter)
     activity.end_waiting(var)
 end
 

@@ -27,8 +27,13 @@ function _M.of(path)
     return find(path .. "/", "^/v1/") and "openai" or ""
 end
 
-local function kind(types, status)
-    return types[status] or (status < 500 and "invalid_request_error" or nil)
+--- What an error of this status is called in a shape; OpenAI's unless it is "anthropic".
+function _M.kind(shape, status)
+    local anthropic = shape == "anthropic"
+    local types = anthropic and ANTHROPIC_TYPES or OPENAI_TYPES
+    local clients = status >= 400 and status < 500
+    return types[status] or (clients and "invalid_request_error")
+        or (anthropic and "api_error" or "server_error")
 end
 
 -- What a person reads: some clients show nothing else.
@@ -44,7 +49,7 @@ local function openai(problem)
     return {
         error = {
             message = message(problem), code = problem.code, param = problem.param or cjson.null,
-            type = kind(OPENAI_TYPES, problem.status) or "server_error",
+            type = _M.kind("openai", problem.status),
         },
         service = problem.service, state = problem.state, reason = problem.reason,
         retry_after_s = problem.retry_after_s,
@@ -55,7 +60,7 @@ local function anthropic(problem)
     return {
         type = "error",
         error = {
-            type = kind(ANTHROPIC_TYPES, problem.status) or "api_error", message = message(problem),
+            type = _M.kind("anthropic", problem.status), message = message(problem),
         },
         code = problem.code, service = problem.service, state = problem.state,
         reason = problem.reason, retry_after_s = problem.retry_after_s,
