@@ -8,6 +8,7 @@ import threading
 from tests.gate.harness import EchoService, _Handler
 
 EVENTS = b"data: one\n\ndata: two\n\ndata: [DONE]\n\n"
+LARGE = b"".join(b"data: %06d %s\n\n" % (i, b"x" * 5000) for i in range(4000))
 DEADLINE_S = 20.0
 
 
@@ -15,7 +16,8 @@ class StreamService(EchoService):
     """Answers ``/sse…`` with events, the first of which has the digest of the request's body.
 
     ``/sse/late`` begins to answer, and ``/sse/long`` goes on behind its first event, when ``go`` is
-    set; ``/sse/cut`` breaks off. ``/status/N`` answers N, ``/packed`` an encoded stream.
+    set; ``/sse/cut`` breaks off; ``/sse/large`` sends ``LARGE`` besides. ``/status/N`` answers N,
+    ``/packed`` an encoded stream.
     """
 
     def __init__(self) -> None:
@@ -51,6 +53,8 @@ class StreamService(EchoService):
         if path == "/sse/cut":
             handler.close_connection = True
             return
+        if path == "/sse/large":
+            self._chunk(handler, LARGE)
         self._chunk(handler, EVENTS)
         handler.wfile.write(b"0\r\n\r\n")
 

@@ -20,8 +20,8 @@ import httpx
 import pytest
 
 from slurmgate.model import GateSpec
-from tests.gate.harness import FakeBackend, Gate, free_port, replica, service, wait_until
-from tests.gate.stream_service import EVENTS, StreamService
+from tests.gate.harness import FakeBackend, Gate, free_port, key, replica, service, wait_until
+from tests.gate.stream_service import EVENTS, LARGE, StreamService
 from tests.gate.test_transport import make_certificate
 
 HEARTBEAT_S = 0.2
@@ -148,7 +148,7 @@ def test_a_held_stream_gets_comment_lines_and_then_the_services_own_bytes(
     digest = hashlib.sha256(body).hexdigest().encode()
     assert stream.rest() == b"data: " + digest + b"\n\n" + EVENTS
     assert echo.headers[0]["X-One"] == "two"
-    assert not [name for name in echo.headers[0] if name.lower().startswith("x-slurmgate")]
+    assert not [name for name in echo.headers[0] if name.startswith("X-Slurmgate")]
     wait_until(lambda: nothing_held(backend), "counts given back")
     assert note(backend)["requests"] == 1
 
@@ -567,6 +567,71 @@ def test_nobody_reaches_the_inner_listeners_ways_from_outside(
     assert (answer.json["path"], answer.status) == ("/x", 200)
     assert "x-slurmgate-inner" not in {name.lower() for name in answer.json["headers"]}
     assert answer.headers["X-Slurmgate-Inner"] is None
+
+
+def test_a_large_stream_reaches_a_client_that_reads_slowly(
+    gate: Gate, backend: FakeBackend, echo: StreamService
+) -> None:
+    backend.publish(cold())
+    stream = Stream(gate, "/llm/sse/large")
+    stream.comment()
+    backend.publish(ready(replica(echo.port)))
+    wait_until(lambda: stream.response.readline().startswith(b"data: "), "begun")
+    told = len(backend.notes)
+    wait_until(lambda: len(backend.notes) > told + 3, "time passes")
+    assert stream.rest() == LARGE + EVENTS
+
+
+def test_without_an_inner_listener_a_stream_waits_in_silence(
+    gate: Gate, backend: FakeBackend, echo: StreamService
+) -> None:
+    gate.expected_errors.append("inner.sock failed")
+    backend.publish(cold())
+    (backend.run_dir / "inner.sock").unlink()
+    stream = Stream(gate)
+    waits(backend)
+    told = len(backend.notes)
+    wait_until(lambda: len(backend.notes) > told + 30, "it is given up")
+    waits(backend)
+    backend.publish(ready(replica(echo.port)))
+    assert stream.rest().endswith(EVENTS)
+    assert stream.response.headers["X-Slurmgate-Replica"] == "r1"
+    wait_until(lambda: nothing_held(backend), "counts given back")
+
+
+TOKEN = "sg-" + "a" * 43
+
+
+def keyed(backend: FakeBackend) -> dict[str, Any]:
+    use = backend.notes[-1].get("key_use") if backend.notes else None
+    return dict((use or {}).get("anna", {}))
+
+
+def test_a_key_is_counted_once_and_a_revoked_one_ends_the_wait(
+    gate: Gate, backend: FakeBackend, echo: StreamService
+) -> None:
+    backend.publish_keys(key(TOKEN, in_flight=1))
+    backend.publish(cold())
+    wait_until(lambda: gate.get("/readyz").status == 200, "ready")
+    auth = {"Authorization": f"Bearer {TOKEN}"}
+    stream = Stream(gate, headers=auth)
+    stream.comment()
+    stream.comment()
+    wait_until(lambda: keyed(backend).get("in_flight") == 1, "counted")
+    assert keyed(backend)["requests"] == 1
+    assert gate.get("/llm/x", headers=auth).code == "too-many-in-flight"
+    backend.publish(ready(replica(echo.port)))
+    assert stream.rest().endswith(EVENTS)
+    assert echo.headers[0]["X-Slurmgate-User"] == "anna"
+    assert "Authorization" not in echo.headers[0]
+    wait_until(lambda: keyed(backend).get("in_flight") == 0, "given back")
+    backend.publish(cold())
+    wait_until(lambda: backend.notes[-1]["snapshot"] == backend.version, "snapshot taken")
+    stream = Stream(gate, headers=auth)
+    stream.comment()
+    backend.publish_keys()
+    assert error_of(stream.rest())["error"]["code"] == "unauthorized"
+    wait_until(lambda: nothing_held(backend), "counts given back")
 
 
 class ImpatientProxy:
