@@ -18,6 +18,7 @@ local find = string.find
 local get_request = base.get_request
 local lower = string.lower
 local match = string.match
+local sub = string.sub
 
 local BAD_REQUEST, TOO_LARGE = 400, 494 -- as nginx has them
 local LIMIT = 200 -- header lines of a request
@@ -25,6 +26,8 @@ local HOSTS_KEPT = 1000
 local TAB, NEWLINE, RETURN, SPACE = 9, 10, 13, 32
 local X, DASH, S, L = 120, 45, 115, 108
 local OWN = "x-slurmgate-"
+local HOST = "host"
+local NO_NAME = "[^%w!#$%%&'*+.^_`|~-]"
 
 -- How a request line may end; the others have lines that can be looked at.
 local FRAMED = { ["HTTP/2.0"] = true, ["HTTP/3.0"] = true }
@@ -56,6 +59,15 @@ local WORDS = {
 -- Without these a request is another one.
 local NEEDED = { ["host"] = true, ["content-length"] = true, ["transfer-encoding"] = true }
 
+-- Whoever takes other bytes for dashes would take a name like these for one that decides.
+local MISTAKABLE = {
+    ["host"] = true, ["connection"] = true, ["content-length"] = true, ["upgrade"] = true,
+    ["transfer-encoding"] = true, ["expect"] = true,
+}
+for _, watched in pairs(WATCHED) do
+    MISTAKABLE[watched.name] = true
+end
+
 local TOO_MANY = "The request has more header lines than this gate takes."
 local TWICE = "The header '%s' was sent twice."
 
@@ -70,18 +82,44 @@ local function lower_byte(byte)
     return bor(byte, 32)
 end
 
--- Whether a line of HTTP/1 is one: with a colon, and ended by both CR and LF. nginx has put a zero
--- behind the value, in place of the first byte of its end.
-local function well_formed(line)
+-- Where the line after one of HTTP/1 begins; nil if this one has no colon, or does not end in CR
+-- and LF. nginx has put a zero behind the value, in place of the first byte of its end.
+local function line_after(line)
     local value = line.value.data
     if value == line.key.data + line.key.len then
-        return false
+        return nil
     end
     local at = value + line.value.len + 1
-    while at[0] == SPACE or at[0] == TAB or at[0] == RETURN do
+    while at[0] ~= NEWLINE do
+        if at[0] ~= SPACE and at[0] ~= TAB and at[0] ~= RETURN then
+            return nil
+        end
         at = at + 1
     end
-    return at[0] == NEWLINE
+    return at + 1
+end
+
+-- What is wrong with the name of a line that nginx did not take: it leaves names out without a word
+-- that have other bytes than letters, digits and dashes.
+local function name_problem(name)
+    if name == "" or find(name, NO_NAME) then
+        return "A header line has no proper name."
+    end
+    local alike = lower(name):gsub("%W", "-")
+    if alike ~= lower(name) and (MISTAKABLE[alike] or sub(alike, 1, #OWN) == OWN) then
+        return "A header's name can be mistaken for '" .. alike .. "'."
+    end
+    return nil
+end
+
+local function problem_of_hidden()
+    for line in ngx.req.raw_header(true):gmatch("([^\r\n]+)\r?\n") do
+        local problem = name_problem(match(line, "^[^:]*"))
+        if problem then
+            return problem
+        end
+    end
+    return nil
 end
 
 local function is_own(line)
@@ -111,7 +149,7 @@ function _M.strip()
         word = lower(word)
         if NEEDED[word] then
             return ("Connection must not name '%s'."):format(word)
-        elseif not WORDS[word] and not find(word, "[^%w!#$%%&'*+.^_`|~-]") then
+        elseif not WORDS[word] and not find(word, NO_NAME) then
             ngx.req.clear_header(word)
         end
     end
@@ -138,13 +176,20 @@ local function host_problem(sent, found)
 end
 
 -- One walk over the lines. Returns what is wrong, whether Connection names headers, whether there
--- are any of the gate's own.
+-- are any of the gate's own, whether there may be lines that nginx left out.
 local function walk(count, in_lines)
-    local seen, named, own = 0, false, false
+    local seen, named, own, hidden = 0, false, false, false
+    local after
     for i = 0, count - 1 do
         local line = lines[i]
-        if in_lines and not well_formed(line) then
-            return "A header line has no colon, or no proper end."
+        if in_lines then
+            -- Those before the first cannot be told apart from the request line: most begin with
+            -- Host. A gap may also be one between two buffers.
+            hidden = hidden or line.key.data ~= after and (after or line.key.len ~= #HOST)
+            after = line_after(line)
+            if not after then
+                return "A header line has no colon, or no proper end."
+            end
         end
         local watched = WATCHED[line.key.len]
         if watched and lower_byte(line.key.data[0]) == watched.first
@@ -162,7 +207,7 @@ local function walk(count, in_lines)
             own = true
         end
     end
-    return nil, named, own
+    return nil, named, own, hidden or after and after[0] ~= RETURN
 end
 
 --- Look at the header of the current request, and take away what goes no further. Returns status
@@ -179,7 +224,10 @@ function _M.examine(var)
         return TOO_LARGE, TOO_MANY
     end
     C.ngx_http_lua_ffi_req_get_headers(request, lines, count, 1)
-    local problem, named, own = walk(count, in_lines)
+    local problem, named, own, hidden = walk(count, in_lines)
+    if hidden and not problem then
+        problem = problem_of_hidden()
+    end
     local host = var.http_host
     if not problem and host and hosts[host] ~= var.host then
         problem = host_problem(host, var.host)
