@@ -20,7 +20,8 @@ UPGRADED = b"HTTP/1.1 101 x\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n
 
 class SmallService:
     """Answers ``/hold…`` when released; streams ``/stream…``, ``/events…`` as an event
-    stream, and ``/upgrade…`` with another protocol, until then; answers all else at once.
+    stream, and ``/upgrade…`` with another protocol, until then; ``/flood…`` writes without an end;
+    all else is answered at once.
 
     ``health`` is ``good``, ``bad`` (503) or ``mute`` (no answer). ``seen`` are the paths asked for
     in order, ``in_flight`` how many are not yet answered. Attributes may be read by any thread.
@@ -101,6 +102,9 @@ class SmallService:
             if path.startswith("/upgrade"):
                 await self._stream(writer, UPGRADED)
                 return
+            if path.startswith("/flood"):
+                await self._flood(writer)
+                return
             while path.startswith("/hold") and not self.released:
                 await asyncio.sleep(PIECE_S)
             if path.startswith("/busy"):
@@ -123,6 +127,12 @@ class SmallService:
             await asyncio.sleep(PIECE_S)
         writer.write(b"0\r\n\r\n")
         await writer.drain()
+
+    async def _flood(self, writer: asyncio.StreamWriter) -> None:
+        writer.write(STREAM)
+        while True:
+            writer.write(b"10000\r\n" + b"." * 65536 + b"\r\n")
+            await writer.drain()
 
     async def _send(self, writer: asyncio.StreamWriter, status: int, text: str) -> None:
         writer.write(f"HTTP/1.1 {status} x\r\nContent-Length: {len(text)}\r\n\r\n{text}".encode())
