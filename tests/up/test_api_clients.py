@@ -37,6 +37,8 @@ def serve_model(product: Product, name: str, **fields: Any) -> None:
 
 
 def add_key(product: Product, name: str, *options: str) -> str:
+    """Make a key before the product is up: it has it from the start."""
+    product.write_config()
     argv = product.command("keys", "add", name, *options, "--config", str(product.config))
     done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
@@ -128,8 +130,8 @@ STREAMING = ("chat-stream", "chat-async", "claude-stream", "curl")
 def test_each_client_gets_through_a_cold_start_of_its_own(keyed: Product):
     for name in CLIENTS:
         serve_model(keyed, name)
-    keyed.up()
     key = add_key(keyed, "alice")
+    keyed.up()
     with openai_client(keyed.url, key) as client:
         listed = {model.id: model.to_dict()["state"] for model in client.models.list()}
         assert listed == dict.fromkeys(CLIENTS, "cold")
@@ -174,6 +176,7 @@ class Impatient:
                     client.sendall(part)
             except TimeoutError:
                 self.cut += 1
+                client.shutdown(socket.SHUT_RDWR)  # else whoever reads from it keeps it open
             except OSError:
                 return
 
@@ -202,8 +205,8 @@ def test_held_streams_outlive_a_proxy_that_cuts_silent_connections(keyed: Produc
     for name in ("quiet", *STREAMING):
         heartbeat = 0 if name == "quiet" else 1
         serve_model(keyed, name, load=LONG_LOAD_S, heartbeat=heartbeat)
-    keyed.up()
     key = add_key(keyed, "alice")
+    keyed.up()
     began = time.monotonic()
     with impatient(keyed.port) as proxy, ThreadPoolExecutor(5) as pool:
         answers = [pool.submit(CLIENTS[name], proxy.url, key, name) for name in STREAMING]
@@ -218,8 +221,8 @@ def test_held_streams_outlive_a_proxy_that_cuts_silent_connections(keyed: Produc
 def test_a_start_that_fails_after_heartbeats_is_an_error_of_each_library(keyed: Product):
     for name in STREAMING:
         serve_model(keyed, name, load=3, exit_code=3, heartbeat=1)
-    keyed.up()
     key = add_key(keyed, "alice")
+    keyed.up()
     with ThreadPoolExecutor(len(STREAMING)) as pool:
         failed = {
             name: pool.submit(CLIENTS[name], keyed.url, key, name)
@@ -250,8 +253,8 @@ def curl_text(url: str, key: str, model: str) -> str:
 def test_libraries_raise_their_own_errors(keyed: Product):
     serve_model(keyed, "open")
     serve_model(keyed, "closed")
-    keyed.up()
     key = add_key(keyed, "bob", "--services", "open")
+    keyed.up()
     url = keyed.url
     with pytest.raises(openai.NotFoundError, match="open"):
         chat(url, key, "nobody")
