@@ -33,8 +33,8 @@ local NO_NAME = "[^%w!#$%%&'*+.^_`|~-]"
 local FRAMED = { ["HTTP/2.0"] = true, ["HTTP/3.0"] = true }
 local LINES = { ["HTTP/1.1"] = true, ["HTTP/1.0"] = true }
 
--- What the gate decides by comes once, or another reader may take the other one. By length, because
--- that is known without reading. Of several Connection lines each counts.
+-- What decides comes once, or another reader may take the other one. By length, because that is
+-- known without reading. Of several Connection lines each counts.
 local WATCHED = {
     [6] = { name = "origin", bit = 1 },
     [9] = { name = "x-api-key", bit = 2 },
@@ -42,6 +42,7 @@ local WATCHED = {
     [12] = { name = "content-type", bit = 8 },
     [13] = { name = "authorization", bit = 16 },
     [16] = { name = "content-encoding", bit = 32 },
+    [17] = { name = "transfer-encoding", bit = 64 },
 }
 for _, watched in pairs(WATCHED) do
     watched.first = watched.name:byte()
@@ -61,14 +62,17 @@ local NEEDED = { ["host"] = true, ["content-length"] = true, ["transfer-encoding
 
 -- Whoever takes other bytes for dashes would take a name like these for one that decides.
 local MISTAKABLE = {
-    ["host"] = true, ["connection"] = true, ["content-length"] = true, ["upgrade"] = true,
-    ["transfer-encoding"] = true, ["expect"] = true,
+    ["host"] = true, ["content-length"] = true, ["upgrade"] = true, ["expect"] = true,
 }
 for _, watched in pairs(WATCHED) do
     MISTAKABLE[watched.name] = true
 end
 
+-- What only HTTP/1 has
+local OF_LINES = { ["connection"] = true, ["transfer-encoding"] = true }
+
 local TOO_MANY = "The request has more header lines than this gate takes."
+local NOT_FRAMED = "HTTP/2 has no header '%s'."
 local TWICE = "The header '%s' was sent twice."
 
 local lines = ffi.new("ngx_http_lua_ffi_table_elt_t[?]", LIMIT)
@@ -194,6 +198,9 @@ local function walk(count, in_lines)
         local watched = WATCHED[line.key.len]
         if watched and lower_byte(line.key.data[0]) == watched.first
             and lower(ffi_string(line.key.data, line.key.len)) == watched.name then
+            if not in_lines and OF_LINES[watched.name] then
+                return NOT_FRAMED:format(watched.name)
+            end
             local again = band(seen, watched.bit) ~= 0
             if watched.name ~= "connection" then
                 if again then

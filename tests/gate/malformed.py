@@ -483,12 +483,21 @@ def bodies() -> Iterator[Case]:
     good = json.dumps({"model": MODEL})
     for coding in ("utf-16", "utf-16-le", "utf-32", "utf-32-be"):
         yield Case(f"body in {coding}", by_model(good.encode(coding)), True)
-    for raw in (b"\xff", b"\xc0\xaf", b"\xed\xa0\x80", b"\xf5\x80\x80\x80", b"\x80", b"\xe2\x82"):
-        body = f'{{{model}, "a": "'.encode() + raw + b'"}'
-        yield Case(f"body with {raw!r}", by_model(body), True)
-    for coding in (b"gzip", b"br", b"deflate", b"x", b"gzip, gzip"):
+    for letter in (
+        b"\xff",
+        b"\xc0\xaf",
+        b"\xed\xa0\x80",
+        b"\xf5\x80\x80\x80",
+        b"\x80",
+        b"\xe2\x82",
+    ):
+        spoilt = f'{{{model}, "a": "'.encode() + letter + b'"}'
+        yield Case(f"body with {letter!r}", by_model(spoilt), True)
+    for packing in (b"gzip", b"br", b"deflate", b"x", b"gzip, gzip"):
         yield Case(
-            f"body coded {coding!r}", by_model(good.encode(), b"Content-Encoding: " + coding), True
+            f"body coded {packing!r}",
+            by_model(good.encode(), b"Content-Encoding: " + packing),
+            True,
         )
     for path in ("/v1/../v1/chat/completions", "/v1/%2e/chat", "/v1/chat%2fcompletions", "/v1/a#b"):
         yield Case(f"api path {path!r}", by_model(good.encode(), path=path), True)
@@ -522,12 +531,12 @@ def forms() -> Iterator[Case]:
             True,
         )
     whole = f"--b\r\n{part}--b--\r\n".encode()
-    for kind in (
+    for wanting in (
         "multipart/form-data",
         "multipart/form-data; boundary=",
         'multipart/form-data; boundary="',
     ):
-        line = b"Content-Type: " + kind.encode()
+        line = b"Content-Type: " + wanting.encode()
         yield Case(
-            f"form of {kind!r}", by_model(whole, line, path="/v1/audio/transcriptions"), True
+            f"form of {wanting!r}", by_model(whole, line, path="/v1/audio/transcriptions"), True
         )
