@@ -25,7 +25,9 @@ local tonumber = tonumber
 local CLIENT_GONE = 499
 local LOOK_EVERY_S = 0.25  -- no wait is longer: a waiter depends on nobody waking it
 local LEAST_WAIT_S = 0.001
-local MAX_TRIES = 9        -- nginx allows ten internal redirects; the way here took one
+-- nginx allows ten internal redirects: the way here took one, and the way to the heartbeats, which
+-- begin before the last try, is one more.
+local MAX_TRIES = 9
 local RETRY_MIN_S, RETRY_MAX_S = 0.01, 0.05
 local UNKNOWN_MAX_WAITING = 10000
 local TOO_MANY_BYTES = {

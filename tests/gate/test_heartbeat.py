@@ -461,6 +461,7 @@ def test_a_reload_and_a_backend_that_restarts_leave_streams_alone(
     streams = [Stream(gate) for _ in range(20)]
     for stream in streams:
         stream.comment()
+    streams += [Stream(gate) for _ in range(20)]  # those hear of it from a worker that exits
     before = set(gate.workers())
     gate.reload()
     wait_until(lambda: len(set(gate.workers()) - before) == 2, "new workers")
@@ -468,13 +469,45 @@ def test_a_reload_and_a_backend_that_restarts_leave_streams_alone(
     for stream in streams:
         stream.comment()
     backend.start()
-    waits(backend, 20)
+    waits(backend, 40)
     backend.publish(ready(replica(echo.port)))
     for stream in streams:
         assert stream.rest().endswith(EVENTS)
     wait_until(lambda: not before & set(gate.workers()), "old workers gone")
     wait_until(lambda: nothing_held(backend), "counts given back")
-    assert note(backend)["requests"] == 20
+    assert note(backend)["requests"] == 40
+
+
+def test_many_streams_are_all_released(
+    gate: Gate, backend: FakeBackend, echo: StreamService
+) -> None:
+    backend.publish(cold())
+    streams = [Stream(gate, f"/llm/sse/{index}") for index in range(300)]
+    for stream in streams:
+        stream.comment()
+    waits(backend, 300)
+    backend.publish(ready(replica(echo.port)))
+    for stream in streams:
+        assert stream.rest().endswith(EVENTS)
+    assert len(set(echo.seen)) == len(echo.seen) == 300
+    wait_until(lambda: nothing_held(backend), "counts given back")
+    assert note(backend)["requests"] == 300
+
+
+def test_a_stream_whose_client_is_silent_for_long_counts_no_longer(
+    gate: Gate, backend: FakeBackend, echo: StreamService
+) -> None:
+    backend.publish(cold())
+    stream = Stream(gate, "/llm/sse/long")
+    stream.comment()
+    backend.publish(ready(replica(echo.port), max_idle_connection=1))
+    wait_until(lambda: backend.replica_note("r1").get("in_flight") == 1, "sent")
+    wait_until(lambda: nothing_held(backend), "counts no longer")
+    echo.go.set()
+    assert stream.rest().endswith(EVENTS)
+    told = len(backend.notes)
+    wait_until(lambda: len(backend.notes) > told + 3, "told on")
+    assert nothing_held(backend)
 
 
 def test_a_gate_that_was_killed_starts_again(gate: Gate, backend: FakeBackend) -> None:
