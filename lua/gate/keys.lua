@@ -28,7 +28,6 @@ local sub = string.sub
 local tonumber = tonumber
 
 local BLANK = 32
-local WORDS = 8
 local TOKEN_LENGTH = 46
 local TOKEN_LIMIT = 256 -- longer ones are nobody's, and not worth hashing
 
@@ -42,7 +41,7 @@ local digest = ffi.new("sg_digest_t")
 local version          -- of the compiled list, nil before the first
 local required = false
 local entries = {}
-local by_word = {}     -- first word of the digest → entries
+local by_word = {}     -- first word of the digest → entry
 local by_name = {}
 
 local _M = {}
@@ -89,9 +88,8 @@ local function compile(new_version, told)
     for i, one in ipairs(told.entries) do
         local entry = compile_entry(one)
         local word = entry.digest.words[0]
-        local same_word = by_word[word] or {}
-        same_word[#same_word + 1] = entry
-        by_word[word] = same_word
+        entry.twin = by_word[word] -- one of the same first word, once in a blue moon
+        by_word[word] = entry
         by_name[entry.name] = entry
         entries[i] = entry
     end
@@ -135,25 +133,28 @@ end
 
 -- Who sent it --------------------------------------------------------------------------------
 
+-- All of it, whatever differs. No loop here and in `look_up`: each would cut the trace of the JIT
+-- compiler in which a request with a key just fits.
 local function same(one)
-    local differs = 0
-    for i = 0, WORDS - 1 do
-        differs = bor(differs, bxor(one.words[i], digest.words[i]))
-    end
-    return differs == 0
+    local a, b = one.words, digest.words
+    return bor(bxor(a[0], b[0]), bxor(a[1], b[1]), bxor(a[2], b[2]), bxor(a[3], b[3]),
+        bxor(a[4], b[4]), bxor(a[5], b[5]), bxor(a[6], b[6]), bxor(a[7], b[7])) == 0
+end
+
+local function among_twins(entry)
+    repeat
+        entry = entry.twin
+    until not entry or same(entry.digest)
+    return entry
 end
 
 local function look_up(token)
     C.SHA256(token, #token, digest.bytes)
-    local candidates, found = by_word[digest.words[0]], nil
-    if candidates then
-        for i = 1, #candidates do
-            if same(candidates[i].digest) then
-                found = candidates[i]
-            end
-        end
+    local entry = by_word[digest.words[0]]
+    if not entry or same(entry.digest) then
+        return entry
     end
-    return found
+    return among_twins(entry)
 end
 
 -- The token of "Bearer TOKEN"
