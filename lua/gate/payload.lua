@@ -3,8 +3,8 @@
 -- and the worker serves others between them. Per worker: the buffer for pieces of files, which is
 -- empty whenever something yields.
 --
--- inspect(var) → found, or nil, code ("bad-body"), detail. The body must have been read
--- (ngx.req.read_body). May yield where the body is long. multipart/form-data is read as such,
+-- inspect(var) → found, or nil, code ("bad-body" with a detail, "internal"). The body must have
+-- been read (ngx.req.read_body). May yield where it is long. multipart/form-data is read as such,
 -- everything else as JSON. found:
 --   model          string, or nil: then
 --   model_problem  says why there is none ('"model" is missing', …), for whoever needs one
@@ -12,9 +12,9 @@
 --   place          CRC-32 of the first 256 raw bytes of the value of "messages", else of "prompt",
 --                  else of "input" (a string, list or object); nil if there is none
 --
--- rename(found, name) → true, or nil, code ("bad-body", "internal"), detail. Puts another model in
--- the place of the one found. May yield. The length in the header follows; what is replayed
--- later is the new body. Not to be called twice with the same `found`.
+-- rename(found, name) → true, or nil, code ("internal"). Puts another model in the place of the
+-- one found. May yield. The length in the header follows; what is replayed later is the new body.
+-- Not to be called twice with the same `found`.
 
 local cjson = require "cjson.safe"
 local ffi = require "ffi"
@@ -31,7 +31,7 @@ local cast, text_at = ffi.cast, ffi.string
 local max, min = math.max, math.min
 
 local PIECE = 65536  -- memory of more at once is given back each time, and costs page faults
-local TURN_S = 0.004 -- of work before others get their turn
+local TURN_S = 0.003 -- of work before others get their turn
 -- Debian's nginx warns of each sleep of nothing. One of a millisecond is at once over on a worker
 -- with other work, because nginx counts it from the beginning of our turn.
 local PAUSE_S = 0.001
@@ -39,6 +39,7 @@ local ENCODED = "the body has a Content-Encoding; send it without one"
 
 ffi.cdef [[
 size_t sg_read(void *to, size_t size, size_t count, void *file) __asm__("fread");
+int sg_read_failed(void *file) __asm__("ferror");
 ]]
 
 local buffer = ffi.new("uint8_t[?]", PIECE)
@@ -80,6 +81,7 @@ local function each_of_file(file, take, taker)
     while true do
         local n = tonumber(C.sg_read(buffer, 1, PIECE, file))
         if n == 0 then
+            assert(C.sg_read_failed(file) == 0, "a body's file cannot be read")
             return true
         end
         local ok, why = take(taker, cast("const uint8_t *", buffer), n)
@@ -90,47 +92,47 @@ local function each_of_file(file, take, taker)
     end
 end
 
+-- The file of a body that is in one; nil if it is in none, nil and a code if it cannot be read. Why
+-- is for the log: it may tell where files lie.
+local function open_body()
+    local file, why = body_file.open()
+    if why then
+        ngx.log(ngx.ERR, "open the file of a body: ", why)
+        return nil, "internal"
+    end
+    return file
+end
+
 -- Gives the body to `take(taker, pointer, length)`, piece by piece, until that says nil and why.
+-- Returns true, or nil, code, and what is wrong if that is the body.
 local function each_piece(take, taker)
+    local ok, why
     local text = ngx.req.get_body_data()
     if text then
-        return each_of_text(text, take, taker)
+        ok, why = each_of_text(text, take, taker)
+        return ok, "bad-body", why
     end
-    local file, why = body_file.open()
+    local file, code = open_body()
     if not file then
-        return not why, why and "the body cannot be read: " .. why
+        return not code, code
     end
-    local ok
     ok, why = each_of_file(file, take, taker)
     file:close()
-    return ok, why
+    return ok, "bad-body", why
 end
 
 -- Looking ------------------------------------------------------------------------------------
 
-local function inspect_form(content_type)
+-- Which module reads such a body, and its reader.
+local function reader_for(content_type)
+    if not content_type or not multipart.is(content_type) then
+        return scanner, scanner.new()
+    end
     local reader, why = multipart.new(content_type)
-    if not reader then
-        return nil, why
+    if reader then
+        reader.form = true
     end
-    reader.form = true
-    local ok
-    ok, why = each_piece(multipart.feed, reader)
-    if not ok then
-        return nil, why
-    end
-    ok, why = multipart.finish(reader)
-    return ok and reader, why
-end
-
-local function inspect_json()
-    local reader = scanner.new()
-    local ok, why = each_piece(scanner.feed, reader)
-    if not ok then
-        return nil, why
-    end
-    ok, why = scanner.finish(reader)
-    return ok and reader, why
+    return multipart, reader, why
 end
 
 --- See the top.
@@ -139,17 +141,20 @@ function _M.inspect(var)
     if encoding and lower(encoding) ~= "identity" then
         return nil, "bad-body", ENCODED
     end
-    local content_type = var.content_type
-    local found, why
-    if content_type and multipart.is(content_type) then
-        found, why = inspect_form(content_type)
-    else
-        found, why = inspect_json()
-    end
-    if not found then
+    local kind, reader, why = reader_for(var.content_type)
+    if not reader then
         return nil, "bad-body", why
     end
-    return found
+    local ok, code
+    ok, code, why = each_piece(kind.feed, reader)
+    if not ok then
+        return nil, code, why
+    end
+    ok, why = kind.finish(reader)
+    if not ok then
+        return nil, "bad-body", why
+    end
+    return reader
 end
 
 -- Renaming -----------------------------------------------------------------------------------
@@ -173,9 +178,9 @@ end
 
 -- The old file is opened first: to begin a new body deletes it.
 local function rename_in_file(found, name)
-    local file, why = body_file.open()
+    local file, code = open_body()
     if not file then
-        return nil, "internal", "the body cannot be read: " .. (why or "there is none")
+        return nil, code or "internal"
     end
     ngx.req.init_body(PIECE)
     each_of_file(file, copy, { at = 0, found = found, name = name })

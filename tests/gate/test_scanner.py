@@ -181,6 +181,14 @@ def test_of_any_bytes_the_verdict_is_pythons(reader: BodyReader, body: bytes):
     agree(reader, b'{"a":"' + body + b'","model":"m"}')
 
 
+def test_every_edge_of_utf8_is_where_python_has_it(reader: BodyReader):
+    leads = b"\x7f\x80\xbf\xc0\xc1\xc2\xdf\xe0\xe1\xec\xed\xee\xef\xf0\xf1\xf3\xf4\xf5\xff"
+    for lead in leads:
+        for second in b"\x22\x7f\x80\x8f\x90\x9f\xa0\xbf\xc0":
+            for more in (b"", b"\x80", b"\xbf\x80", b"\x80\xbf\xbf"):
+                agree(reader, b'{"model":"%s"}' % (bytes([lead, second]) + more))
+
+
 # By hand -----------------------------------------------------------------------------------------
 
 NOT_OBJECTS = {
