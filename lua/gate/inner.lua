@@ -9,6 +9,7 @@ local clock = require "gate.clock"
 local settings = require "gate.settings"
 
 local concat = table.concat
+local max = math.max
 local min = math.min
 local pairs = pairs
 local random = math.random
@@ -45,7 +46,6 @@ local IS_HANDED = {}
 for _, name in pairs(HANDED) do
     IS_HANDED[name] = true
 end
-
 
 local _M = {}
 
@@ -158,6 +158,11 @@ function _M.open(var)
     local body = body_of(var)
     local sock = body and connect()
     return sock, body
+end
+
+--- Set how long the next reading may wait.
+function _M.await(sock, seconds)
+    sock:settimeouts(SEND_MS, SEND_MS, max(1, 1000 * seconds))
 end
 
 --- Send the head of the request. It is counted in place of the outer one when its body is asked

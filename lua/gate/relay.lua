@@ -14,12 +14,11 @@ local registry = require "gate.registry"
 local routing = require "gate.routing"
 
 local concat = table.concat
-local max = math.max
 local min = math.min
 local tonumber = tonumber
 
 local CONTINUE = 100
-local SILENT_MS = 24 * 3600 * 1000 -- how long a service may be silent, the inner request knows
+local SILENT_S = 24 * 3600 -- how long a service may be silent, the inner request knows
 local PIECE = 65536
 local BODY_SHOWN = 65536
 
@@ -93,7 +92,7 @@ end
 local function await_line(var, sock, rhythm)
     local kept = ""
     while true do
-        sock:settimeout(max(1, 1000 * (rhythm.next - clock.now())))
+        inner.await(sock, rhythm.next - clock.now())
         local line, err, part = sock:receive("*l")
         if line then
             return kept .. line
@@ -190,8 +189,8 @@ local function ask(var, sock, body, rhythm)
     if ok then
         status, headers = await_head(var, sock, rhythm)
     end
-    activity.hand_over(var)
     if status == CONTINUE then
+        activity.hand_over(var)
         ok, err = inner.send_body(sock, body)
         if ok then
             status, headers = await_head(var, sock, rhythm)
@@ -210,7 +209,7 @@ local function relay(var, sock, body, rhythm)
         ngx.log(ngx.WARN, "inner request: ", headers)
         return fail(var, "upstream-failed")
     end
-    sock:settimeout(SILENT_MS)
+    inner.await(sock, SILENT_S)
     inner.note(var, headers)
     local next_piece = pieces(sock, headers)
     local coding = headers["content-encoding"] or "identity"
