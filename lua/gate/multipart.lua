@@ -4,7 +4,7 @@
 
 local ffi = require "ffi"
 
-local scanner = require "gate.scanner"
+local json_text = require "gate.json_text"
 
 local byte, find, format, gsub = string.byte, string.find, string.format, string.gsub
 local lower, match, sub = string.lower, string.match, string.sub
@@ -192,7 +192,7 @@ local function take_model(self, value, from)
     self.from, self.to = from, from + #value
     if #value > MAX_VALUE then
         self.model_problem = format('"model" is longer than %d bytes', MAX_VALUE)
-    elseif not scanner.is_utf8(value) then
+    elseif not json_text.is_utf8(value) then
         self.model_problem = '"model" is not UTF-8'
     else
         self.model = value

@@ -3,21 +3,21 @@
 -- what Python's json.loads takes for an object in UTF-8 text, but for NaN and Infinity, more than
 -- 1000 levels and a byte order mark, which are refused, and very long integers, which are not.
 --
--- One table tells for each state and byte the next state, or what to do: so a piece may end
--- anywhere, and all of JSON's grammar stands in the lines that fill that table. Beside it there are
--- short cuts for what bodies are full of, which may give up after any byte and leave the rest to
--- the table: the insides of strings, eight bytes at a time, and objects of strings. No state but
--- that table; a reader is its caller's.
+-- The grammar is a table: for each state and byte the next state, or what to do. So a piece may end
+-- anywhere. Beside it there are short cuts for what bodies are full of, which may give up after any
+-- byte and leave the rest to the table: the insides of strings, eight bytes at a time, and objects
+-- of strings. No state; a reader is its caller's.
 
 local bit = require "bit"
 local ffi = require "ffi"
 
+local grammar = require "gate.grammar"
+local json_text = require "gate.json_text"
+
 local band, bnot, bor, bxor, rshift = bit.band, bit.bnot, bit.bor, bit.bxor, bit.rshift
-local byte, char, find, sub = string.byte, string.char, string.find, string.sub
+local char, find, format = string.char, string.find, string.format
 local cast, text_at = ffi.cast, ffi.string
-local concat = table.concat
 local crc32 = ngx.crc32_short
-local format = string.format
 local min = math.min
 local tonumber = tonumber
 
@@ -44,270 +44,25 @@ local KINDS = {
     ['"'] = "a string", ["{"] = "an object", ["["] = "a list", t = "true", f = "false", n = "null",
 }
 
--- The table ----------------------------------------------------------------------------------
-
--- A state is a multiple of 256, the index of its row. From ACTIONS on, values are things to do.
-local ROW = 256
-local ACTIONS = 60000
-local FAIL, OPEN, CLOSE, RESUME = ACTIONS, ACTIONS + 1, ACTIONS + 2, ACTIONS + 3
--- On the top level: a key, a string, another value
-local KEY_END, TEXT_END, SCALAR = ACTIONS + 4, ACTIONS + 5, ACTIONS + 6
--- A string begins: a key or a value of the top object, of another object, or a value of a list.
-local TOP_KEY, TOP_TEXT, KEY, TEXT, ITEM =
-    ACTIONS + 8, ACTIONS + 9, ACTIONS + 10, ACTIONS + 11, ACTIONS + 12
-
-local rows = 0
-local moves = ffi.new("uint16_t[?]", 200 * ROW)
-
-local function new_state()
-    local state = rows * ROW
-    for b = 0, 255 do
-        moves[state + b] = FAIL
-    end
-    rows = rows + 1
-    return state
-end
-
--- `set` is a pattern's class of characters: "0-9", "tn".
-local function on(state, set, move)
-    for b = 0, 255 do
-        if find(char(b), "^[" .. set .. "]") then
-            moves[state + b] = move
-        end
-    end
-end
-
-local function on_range(state, first, last, move)
-    for b = first, last do
-        moves[state + b] = move
-    end
-end
-
--- States of the inside of a string; `over` comes after its closing quote. The first two differ in
--- that a plain byte in the second one resumes the skipping, and leads to the first.
-local function add_string(over)
-    local plain, resume = new_state(), new_state()
-    for _, state in ipairs { plain, resume } do
-        on_range(state, 0x20, 0x7f, state == plain and plain or RESUME)
-        on(state, '"', over)
-    end
-    local escape = new_state()
-    on(escape, '"\\/bfnrt', resume)
-    local follows = resume
-    for _ = 1, 4 do
-        local hex = new_state()
-        on(hex, "0-9a-fA-F", follows)
-        follows = hex
-    end
-    on(escape, "u", follows)
-    -- UTF-8: no overlong forms, no surrogates, nothing behind U+10FFFF
-    local one, two, three = new_state(), new_state(), new_state()
-    local e0, ed, f0, f4 = new_state(), new_state(), new_state(), new_state()
-    on_range(one, 0x80, 0xbf, resume)
-    on_range(two, 0x80, 0xbf, one)
-    on_range(three, 0x80, 0xbf, two)
-    on_range(e0, 0xa0, 0xbf, one)
-    on_range(ed, 0x80, 0x9f, one)
-    on_range(f0, 0x90, 0xbf, two)
-    on_range(f4, 0x80, 0x8f, two)
-    for _, state in ipairs { plain, resume } do
-        on(state, "\\", escape)
-        on_range(state, 0xc2, 0xdf, one)
-        on_range(state, 0xe1, 0xef, two)
-        on_range(state, 0xf1, 0xf3, three)
-        moves[state + 0xe0], moves[state + 0xed] = e0, ed
-        moves[state + 0xf0], moves[state + 0xf4] = f0, f4
-    end
-    return plain
-end
-
-local SPACE = " \t\n\r"
-
--- The states of numbers; `ends` adds to a state what may follow a value. Returns the first
--- characters and their states.
-local function add_scalars(ends)
-    local zero, whole, dot, part = new_state(), new_state(), new_state(), new_state()
-    local e, sign, power, minus = new_state(), new_state(), new_state(), new_state()
-    for _, state in ipairs { zero, whole, part, power } do
-        ends(state)
-    end
-    on(minus, "0", zero)
-    on(minus, "1-9", whole)
-    on(whole, "0-9", whole)
-    for _, state in ipairs { zero, whole } do
-        on(state, ".", dot)
-    end
-    on(dot, "0-9", part)
-    on(part, "0-9", part)
-    for _, state in ipairs { zero, whole, part } do
-        on(state, "eE", e)
-    end
-    on(e, "+%-", sign)
-    for _, state in ipairs { e, sign, power } do
-        on(state, "0-9", power)
-    end
-    local first = { ["-"] = minus, ["0"] = zero }
-    for digit = 1, 9 do
-        first[tostring(digit)] = whole
-    end
-    return first
-end
-
--- The states of a word, whose first character leads to the one returned.
-local function add_word(word, over)
-    local follows = over
-    for at = #word, 2, -1 do
-        local state = new_state()
-        on(state, sub(word, at, at), follows)
-        follows = state
-    end
-    return follows
-end
-
--- Strings come first, so that a glance at a state tells whether it is inside one: their rows are
--- those below `texts`.
-local after_top, after_object, after_list, colon_top, colon_object
-local key_top, text_top = add_string(KEY_END), add_string(TEXT_END)
-local key_object, text_object, text_list = add_string(0), add_string(0), add_string(0)
-local STRING_ROWS = 14 * ROW
-local texts = rows * ROW
-
-local START, END = new_state(), new_state()
-after_top, after_object, after_list = new_state(), new_state(), new_state()
-colon_top, colon_object = new_state(), new_state()
-
-local function close_quote(string_state, over)
-    for state = string_state, string_state + ROW, ROW do
-        moves[state + byte('"')] = over
-    end
-end
-
-close_quote(key_object, colon_object)
-close_quote(text_object, after_object)
-close_quote(text_list, after_list)
-
-local scalar_top = ffi.new("uint16_t[256]") -- first byte of such a value at the top → state
-
--- The states of a place where a value is expected; returns where each value that is neither string
--- nor object nor list begins: its first character → state.
-local function add_values(state, text, after, ends)
-    on(state, SPACE, state)
-    on(state, '"', text)
-    on(state, "{", OPEN)
-    on(state, "%[", OPEN)
-    local first = add_scalars(ends)
-    for _, word in ipairs { "true", "false", "null" } do
-        first[sub(word, 1, 1)] = add_word(word, after)
-    end
-    return first
-end
-
-local function add_object(after, colon, key_begins, text_begins)
-    local begin, key, value = new_state(), new_state(), new_state()
-    local function ends(state)
-        on(state, SPACE, after)
-        on(state, ",", key)
-        on(state, "}", CLOSE)
-    end
-    ends(after)
-    on(begin, SPACE, begin)
-    on(begin, "}", CLOSE)
-    on(begin, '"', key_begins)
-    on(key, SPACE, key)
-    on(key, '"', key_begins)
-    on(colon, SPACE, colon)
-    on(colon, ":", value)
-    local first = add_values(value, text_begins, after, ends)
-    for letter, state in pairs(first) do
-        if after == after_top then
-            moves[value + byte(letter)] = SCALAR
-            scalar_top[byte(letter)] = state
-        else
-            moves[value + byte(letter)] = state
-        end
-    end
-    return begin, key, value
-end
-
-local function add_list(after)
-    local begin, value = new_state(), new_state()
-    local function ends(state)
-        on(state, SPACE, after)
-        on(state, ",", value)
-        on(state, "%]", CLOSE)
-    end
-    ends(after)
-    local first = add_values(value, ITEM, after, ends)
-    for letter, state in pairs(first) do
-        moves[value + byte(letter)] = state
-    end
-    for b = 0, 255 do
-        moves[begin + b] = moves[value + b]
-    end
-    on(begin, SPACE, begin)
-    on(begin, "%]", CLOSE)
-    return begin, value
-end
-
-local begin_top = add_object(after_top, colon_top, TOP_KEY, TOP_TEXT)
-local begin_object, next_key, object_value = add_object(after_object, colon_object, KEY, TEXT)
-local begin_list, list_value = add_list(after_list)
-on(START, SPACE, START)
-on(START, "{", OPEN)
-on(END, SPACE, END)
-
--- Names and texts ----------------------------------------------------------------------------
-
-local SHORT = { b = "\b", f = "\f", n = "\n", r = "\r", t = "\t" }
-
-local function utf8(code)
-    if code < 0x80 then
-        return char(code)
-    elseif code < 0x800 then
-        return char(bor(0xc0, rshift(code, 6)), bor(0x80, band(code, 0x3f)))
-    elseif code < 0x10000 then
-        return char(bor(0xe0, rshift(code, 12)), bor(0x80, band(rshift(code, 6), 0x3f)),
-            bor(0x80, band(code, 0x3f)))
-    end
-    return char(bor(0xf0, rshift(code, 18)), bor(0x80, band(rshift(code, 12), 0x3f)),
-        bor(0x80, band(rshift(code, 6), 0x3f)), bor(0x80, band(code, 0x3f)))
-end
-
--- The character of a \u escape at `at`, and where the text goes on; nil for half a surrogate pair.
-local function escaped(raw, at)
-    local code = tonumber(sub(raw, at + 2, at + 5), 16)
-    if code < 0xd800 or code > 0xdfff then
-        return utf8(code), at + 6
-    end
-    local low = code < 0xdc00 and sub(raw, at + 6, at + 7) == "\\u"
-        and tonumber(sub(raw, at + 8, at + 11), 16)
-    if not low or low < 0xdc00 or low > 0xdfff then
-        return nil
-    end
-    return utf8(0x10000 + (code - 0xd800) * 0x400 + low - 0xdc00), at + 12
-end
-
--- What the inside of a valid JSON string says; nil if it has half a surrogate pair.
-local function unescape(raw)
-    local parts, at = {}, 1
-    while true do
-        local slash = find(raw, "\\", at, true)
-        parts[#parts + 1] = sub(raw, at, (slash or 0) - 1)
-        if not slash then
-            return concat(parts)
-        end
-        local letter = sub(raw, slash + 1, slash + 1)
-        if letter == "u" then
-            letter, at = escaped(raw, slash)
-            if not letter then
-                return nil
-            end
-        else
-            letter, at = SHORT[letter] or letter, slash + 2
-        end
-        parts[#parts + 1] = letter
-    end
-end
+local ROW, ACTIONS, moves, scalar_top =
+    grammar.ROW, grammar.ACTIONS, grammar.moves, grammar.scalar_top
+local FAIL, OPEN, CLOSE, RESUME = grammar.FAIL, grammar.OPEN, grammar.CLOSE, grammar.RESUME
+local TOP_KEY, KEY_END = grammar.TOP_KEY, grammar.KEY_END
+local TOP_TEXT, TEXT_END = grammar.TOP_TEXT, grammar.TEXT_END
+local KEY, TEXT, ITEM = grammar.KEY, grammar.TEXT, grammar.ITEM
+local START, END = grammar.START, grammar.END
+local key_top, text_top = grammar.key_top, grammar.text_top
+local key_object, text_object, text_list =
+    grammar.key_object, grammar.text_object, grammar.text_list
+local begin_top, begin_object, begin_list =
+    grammar.begin_top, grammar.begin_object, grammar.begin_list
+local after_top, after_object, after_list =
+    grammar.after_top, grammar.after_object, grammar.after_list
+local colon_top, colon_object = grammar.colon_top, grammar.colon_object
+local next_key, object_value, list_value =
+    grammar.next_key, grammar.object_value, grammar.list_value
+local between_characters, reason = grammar.between_characters, grammar.reason
+local unescape = json_text.unescape
 
 -- For each level, what comes behind a value on it. Few bodies need many levels.
 local FEW_LEVELS = 32
@@ -315,27 +70,6 @@ local few_levels = ffi.typeof("uint16_t[" .. FEW_LEVELS + 1 .. "]")
 local all_levels = ffi.typeof("uint16_t[" .. MAX_DEPTH + 1 .. "]")
 
 local _M = {}
-
---- Whether a text is UTF-8.
-function _M.is_utf8(text)
-    local state = text_list
-    for at = 1, #text do
-        local b = byte(text, at)
-        if b < 0x80 then
-            if state >= text_list + 2 * ROW then
-                return false
-            end
-        else
-            state = moves[state + b]
-            if state == FAIL then
-                return false
-            end
-        end
-    end
-    return state < text_list + 2 * ROW
-end
-
--- Reading ------------------------------------------------------------------------------------
 
 --- A reader. After all was fed and `finish` said true: model (nil if there is none that can be
 --- used), model_problem (why), from and to (the bytes of the model's value: from 0, the end not
@@ -347,21 +81,6 @@ function _M.new()
         model = nil, model_problem = nil, model_seen = false, from = nil, to = nil,
         stream = false, place = nil, place_of = PLACE + 3,
     }
-end
-
-local function reason(state, b)
-    if state < texts then
-        local part = state % STRING_ROWS
-        if part >= 2 * ROW and part < 7 * ROW then
-            return "bad escape in a string"
-        elseif part >= 7 * ROW or b >= 0x80 then
-            return "not UTF-8"
-        end
-        return "control character in a string"
-    elseif state == END then
-        return "more after the object"
-    end
-    return "unexpected character"
 end
 
 local function failure(state, b, at)
@@ -621,7 +340,7 @@ end
 function _M.feed(self, p, n)
     local state, depth = self.state, self.depth
     local i = 0
-    if state < texts and state % STRING_ROWS == 0 then
+    if between_characters(state) then
         state = state + ROW
     end
     while i < n do

@@ -22,8 +22,9 @@ LAYERS = (
     {"keys"},
     {"router", "picker", "prefer", "queue", "problem", "http", "limits", "events", "inner"},
     {"shapes", "store", "settings"},
-    {"multipart"},
-    {"clock", "client", "flows", "hops", "scanner", "body_file"},
+    {"scanner", "multipart"},
+    {"json_text"},
+    {"clock", "client", "flows", "hops", "grammar", "body_file"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 PURE = ("router", "picker", "prefer", "queue", "shapes", "events")
