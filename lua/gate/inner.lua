@@ -20,6 +20,7 @@ local type = type
 local HEADER = "X-Slurmgate-Inner"
 local CONNECT_S = 1
 local RETRY_MIN_S, RETRY_MAX_S = 0.01, 0.05 -- a burst may fill the listener's queue
+local NO_SOCKET = "no such file" -- somebody removed it, or this nginx was told to end
 local SEND_MS = 60000
 local PIECE = 65536
 
@@ -70,9 +71,11 @@ local function connect()
     repeat
         local sock = tcp()
         sock:settimeouts(1000 * CONNECT_S, SEND_MS, SEND_MS)
-        local ok = sock:connect("unix:" .. settings.inner_socket)
+        local ok, err = sock:connect("unix:" .. settings.inner_socket)
         if ok then
             return sock
+        elseif err:find(NO_SOCKET, 1, true) then
+            return nil
         end
         ngx.sleep(RETRY_MIN_S + random() * (RETRY_MAX_S - RETRY_MIN_S))
     until clock.now() > deadline
