@@ -2,7 +2,7 @@
 -- was sent is hashed, a candidate found by the beginning of the digest, and the whole digest
 -- compared in the same time whatever it is. No key is kept, logged or answered.
 --
--- Per worker: the compiled list of keys, made anew with each version; the digest just made. Shared
+-- Per worker: the compiled list of keys, made anew with each version; the last digest made. Shared
 -- (through the store): the list as it came from the backend, and the counts of limits.lua.
 --
 -- nginx variables: sg_user (the key's name, also of a refused request), sg_key (1 while counted in
@@ -33,10 +33,14 @@ local TOKEN_LIMIT = 256 -- longer ones are nobody's, and not worth hashing
 
 ffi.cdef [[
 typedef union { uint8_t bytes[32]; uint32_t words[8]; } sg_digest_t;
-unsigned char *SHA256(const unsigned char *data, size_t length, unsigned char *digest);
+typedef struct { uint64_t fields[32]; } sg_sha256_t; // larger than OpenSSL's
+int SHA256_Init(sg_sha256_t *hash);
+int SHA256_Update(sg_sha256_t *hash, const void *data, size_t length);
+int SHA256_Final(unsigned char *digest, sg_sha256_t *hash);
 ]]
 
 local digest = ffi.new("sg_digest_t")
+local hash = ffi.new("sg_sha256_t")
 
 local version          -- of the compiled list, nil before the first
 local required = false
@@ -149,7 +153,9 @@ local function among_twins(entry)
 end
 
 local function look_up(token)
-    C.SHA256(token, #token, digest.bytes)
+    C.SHA256_Init(hash)
+    C.SHA256_Update(hash, token, #token)
+    C.SHA256_Final(digest.bytes, hash)
     local entry = by_word[digest.words[0]]
     if not entry or same(entry.digest) then
         return entry
