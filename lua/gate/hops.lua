@@ -9,10 +9,12 @@ local base = require "resty.core.base"
 local bit = require "bit"
 local ffi = require "ffi"
 require "resty.core.request"
+require "resty.core.var"
 
 local C = ffi.C
 local band = bit.band
 local bor = bit.bor
+local cast = ffi.cast
 local ffi_string = ffi.string
 local find = string.find
 local get_request = base.get_request
@@ -20,13 +22,11 @@ local lower = string.lower
 local match = string.match
 local sub = string.sub
 
-local BAD_REQUEST, TOO_LARGE = 400, 494 -- as nginx has them
 local LIMIT = 200 -- header lines of a request
 local HOSTS_KEPT = 1000
 local TAB, NEWLINE, RETURN, SPACE = 9, 10, 13, 32
 local X, DASH, S, L = 120, 45, 115, 108
 local OWN = "x-slurmgate-"
-local HOST = "host"
 local NO_NAME = "[^%w!#$%%&'*+.^_`|~-]"
 
 -- How a request line may end; the others have lines that can be looked at.
@@ -71,36 +71,45 @@ end
 -- What only HTTP/1 has
 local OF_LINES = { ["connection"] = true, ["transfer-encoding"] = true }
 
-local TOO_MANY = "The request has more header lines than this gate takes."
+-- What a walk finds, above the bits of what it has seen
+local GATES, NAMES, GAP = 128, 256, 512
+
+local NO_LINE = "A header line has no colon, or no proper end."
 local NOT_FRAMED = "HTTP/2 has no header '%s'."
 local TWICE = "The header '%s' was sent twice."
 
 local lines = ffi.new("ngx_http_lua_ffi_table_elt_t[?]", LIMIT)
 local truncated = ffi.new("int[1]")
+local bytes_t = ffi.typeof("const unsigned char *")
+local NOWHERE = ffi.new("const unsigned char *")
+local lowcase = ffi.new("char[?]", #"request")
+local text = ffi.new("char *[1]")
+local length = ffi.new("size_t[1]")
+local unknown = ffi.new("char *[1]")
 local hosts = {} -- Host header → the host nginx found
 local hosts_kept = 0
 
-local _M = {}
+local _M = { TOO_MANY = "The request has more header lines than this gate takes." }
 
 local function lower_byte(byte)
     return bor(byte, 32)
 end
 
--- Where the line after one of HTTP/1 begins; nil if this one has no colon, or does not end in CR
--- and LF. nginx has put a zero behind the value, in place of the first byte of its end.
-local function line_after(line)
-    local value = line.value.data
-    if value == line.key.data + line.key.len then
-        return nil
-    end
-    local at = value + line.value.len + 1
-    while at[0] ~= NEWLINE do
-        if at[0] ~= SPACE and at[0] ~= TAB and at[0] ~= RETURN then
-            return nil
-        end
+-- Where the line after a line ends whose value has blanks behind it; nil if not in CR and LF.
+local function skip_blanks(at)
+    while at[0] == SPACE or at[0] == TAB or at[0] == RETURN do
         at = at + 1
     end
-    return at + 1
+    return at[0] == NEWLINE and at + 1 or nil
+end
+
+-- Where the first line of HTTP/1 begins if nginx has left none out before it.
+local function behind_request_line(request)
+    if C.ngx_http_lua_ffi_var_get(request, "request", #"request", lowcase, 0, text, length,
+        unknown) ~= 0 then
+        return NOWHERE
+    end
+    return cast(bytes_t, text[0]) + length[0] + 2
 end
 
 -- What is wrong with the name of a line that nginx did not take: it leaves names out without a word
@@ -126,9 +135,8 @@ local function problem_of_hidden()
     return nil
 end
 
-local function is_own(line)
-    local name = line.key.data
-    return line.key.len > #OWN and lower_byte(name[0]) == X and name[1] == DASH
+local function is_own(name, size)
+    return size > #OWN and lower_byte(name[0]) == X and name[1] == DASH
         and lower_byte(name[2]) == S and lower_byte(name[3]) == L
         and lower(ffi_string(name, #OWN)) == OWN
 end
@@ -136,8 +144,9 @@ end
 local function drop_own(count)
     local names = {}
     for i = 0, count - 1 do
-        if is_own(lines[i]) then
-            names[#names + 1] = ffi_string(lines[i].key.data, lines[i].key.len)
+        local key = lines[i].key
+        if is_own(key.data, key.len) then
+            names[#names + 1] = ffi_string(key.data, key.len)
         end
     end
     for _, name in ipairs(names) do
@@ -179,76 +188,85 @@ local function host_problem(sent, found)
     return nil
 end
 
--- One walk over the lines. Returns what is wrong, whether Connection names headers, whether there
--- are any of the gate's own, whether there may be lines that nginx left out.
-local function walk(count, in_lines)
-    local seen, named, own, hidden = 0, false, false, false
-    local after
+-- One walk over the lines; `after` is where the next one begins, NOWHERE for other than HTTP/1.
+-- Returns what is wrong, or nil and marks of what is to be done. Numbers and pointers only: values
+-- that change their type would not be compiled. nginx has put a zero behind each value, in place of
+-- the first byte of its end.
+local function walk(count, after)
+    local in_lines, marks = after ~= NOWHERE, 0
     for i = 0, count - 1 do
         local line = lines[i]
+        local name, size = line.key.data, line.key.len
         if in_lines then
-            -- Those before the first cannot be told apart from the request line: most begin with
-            -- Host. A gap may also be one between two buffers.
-            hidden = hidden or line.key.data ~= after and (after or line.key.len ~= #HOST)
-            after = line_after(line)
-            if not after then
-                return "A header line has no colon, or no proper end."
+            -- A gap may also be one between two buffers.
+            if name ~= after then
+                marks = bor(marks, GAP)
+            end
+            local value = line.value.data
+            after = value + line.value.len + 2
+            if after[-1] ~= NEWLINE then
+                after = skip_blanks(after - 1)
+            end
+            if not after or value == name + size then
+                return NO_LINE
             end
         end
-        local watched = WATCHED[line.key.len]
-        if watched and lower_byte(line.key.data[0]) == watched.first
-            and lower(ffi_string(line.key.data, line.key.len)) == watched.name then
+        local watched = WATCHED[size]
+        if watched and lower_byte(name[0]) == watched.first
+            and lower(ffi_string(name, size)) == watched.name then
+            local again = band(marks, watched.bit) ~= 0
             if not in_lines and OF_LINES[watched.name] then
                 return NOT_FRAMED:format(watched.name)
-            end
-            local again = band(seen, watched.bit) ~= 0
-            if watched.name ~= "connection" then
+            elseif watched.name ~= "connection" then
                 if again then
                     return TWICE:format(watched.name)
                 end
             elseif again or not PLAIN[ffi_string(line.value.data, line.value.len)] then
-                named = true
+                marks = bor(marks, NAMES)
             end
-            seen = bor(seen, watched.bit)
-        elseif is_own(line) then
-            own = true
+            marks = bor(marks, watched.bit)
+        elseif is_own(name, size) then
+            marks = bor(marks, GATES)
         end
     end
-    return nil, named, own, hidden or after and after[0] ~= RETURN
+    if in_lines and after[0] ~= RETURN then
+        marks = bor(marks, GAP)
+    end
+    return nil, marks
 end
 
---- Look at the header of the current request, and take away what goes no further. Returns status
---- and detail of a refusal, or nil.
+-- What a walk found is looked at more closely, and taken away.
+local function clear(count, marks)
+    if band(marks, GATES) ~= 0 then
+        drop_own(count)
+    end
+    return band(marks, GAP) ~= 0 and problem_of_hidden()
+        or band(marks, NAMES) ~= 0 and _M.strip() or nil
+end
+
+--- Look at the header of the current request, and take away what goes no further. Returns what
+--- is wrong with it, or nil.
 function _M.examine(var)
     local protocol = var.server_protocol
     local in_lines = LINES[protocol]
     if not in_lines and not FRAMED[protocol] then
-        return BAD_REQUEST, "The gate speaks HTTP/1.0, HTTP/1.1 and HTTP/2."
+        return "The gate speaks HTTP/1.0, HTTP/1.1 and HTTP/2."
     end
     local request = get_request()
     local count = C.ngx_http_lua_ffi_req_get_headers_count(request, LIMIT, truncated)
     if truncated[0] ~= 0 then
-        return TOO_LARGE, TOO_MANY
+        return _M.TOO_MANY
     end
     C.ngx_http_lua_ffi_req_get_headers(request, lines, count, 1)
-    local problem, named, own, hidden = walk(count, in_lines)
-    if hidden and not problem then
-        problem = problem_of_hidden()
-    end
+    local problem, marks = walk(count, in_lines and behind_request_line(request) or NOWHERE)
     local host = var.http_host
     if not problem and host and hosts[host] ~= var.host then
         problem = host_problem(host, var.host)
     end
-    if own then
-        drop_own(count)
+    if not problem and marks >= GATES then
+        problem = clear(count, marks)
     end
-    if not problem and named then
-        problem = _M.strip()
-    end
-    if problem then
-        return BAD_REQUEST, problem
-    end
-    return nil
+    return problem
 end
 
 return _M

@@ -81,16 +81,10 @@ local function serve_by_model(var)
     return hold.enter(var, nil)
 end
 
---- The header of a request came.
+--- The header of a request came: what is wrong with it, or "". Not a phase of its own, which would
+--- cost as much as all of the rest.
 function _M.examine()
-    local var = ngx.var
-    local status, detail = hops.examine(var)
-    if status then
-        -- As one of nginx's own refusals it ends the connection: where the next request begins is
-        -- as doubtful.
-        var.sg_detail = detail
-        return ngx.exit(status)
-    end
+    return hops.examine(ngx.var) or ""
 end
 
 --- A request came.
@@ -154,6 +148,7 @@ function _M.error()
     local code, detail = problem.code_of(ngx.status)
     if var.sg_detail ~= "" then
         detail = var.sg_detail
+        code = detail == hops.TOO_MANY and "headers-too-large" or code
     elseif code == "bad-request" and path ~= "" and not router.safe(path) then
         code = "bad-path"
     end

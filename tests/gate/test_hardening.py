@@ -384,7 +384,7 @@ def ask_h2(gate: Gate, *headers: tuple[str, str]) -> tuple[dict[str, str], bytes
         while part := sock.recv(65536):
             for event in connection.receive_data(part):
                 if isinstance(event, h2.events.ResponseReceived):
-                    got.update(event.headers)
+                    got.update((str(name), str(value)) for name, value in event.headers)
                 elif isinstance(event, h2.events.DataReceived):
                     body += event.data
                 elif isinstance(event, h2.events.StreamEnded):
