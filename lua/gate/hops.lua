@@ -258,10 +258,11 @@ function _M.examine(var)
         return _M.TOO_MANY
     end
     C.ngx_http_lua_ffi_req_get_headers(request, lines, count, 1)
+    -- What is behind the walk is not compiled: all that reads comes before.
+    local sent, found = var.http_host, var.host
     local problem, marks = walk(count, in_lines and behind_request_line(request) or NOWHERE)
-    local host = var.http_host
-    if not problem and host and hosts[host] ~= var.host then
-        problem = host_problem(host, var.host)
+    if not problem and sent and hosts[sent] ~= found then
+        problem = host_problem(sent, found)
     end
     if not problem and marks >= GATES then
         problem = clear(count, marks)
