@@ -1,6 +1,6 @@
 -- The exchange with the backend: what the gate knows goes up; the snapshot and the clients' keys
--- come down when they are others. Level-triggered: losing a call loses nothing. Calls run in a timer
--- of their own, so a backend that hangs blocks nobody.
+-- come down when they are others. Level-triggered: losing a call loses nothing. Calls run in a
+-- timer of their own, so a backend that hangs blocks nobody.
 --
 -- Per worker: whether a call is under way or asked for, when the last one began, whether the
 -- backend answered it, how many admin calls are under way. Shared (through the store): when any
