@@ -1,4 +1,4 @@
--- Which service a request is for, and whether whoever sent it may use that. No state: what was found
+-- Which service a request is for, and whether whoever sent it may use it. No state: what was found
 -- out about a body stands in nginx variables, because a request may be held before it is routed.
 
 local cors = require "gate.cors"
