@@ -206,7 +206,11 @@ end
 function _M.set_peer()
     local peer = activity.replica(ngx.var)
     -- Here and not in `admit`: the access phase just fits into one trace of the JIT compiler.
-    flows.begin(peer)
+    if peer.service.max_idle_connection > 0 then
+        flows.begin_at(peer, clock.now())
+    else
+        flows.begin(peer)
+    end
     local read_timeout = peer.service.read_timeout
     local ok, err = ngx_balancer.set_current_peer(peer.host, peer.port)
     if ok then

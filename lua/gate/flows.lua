@@ -23,6 +23,7 @@ local OK = 0
 
 local under_way = {} -- address → replica
 local received = {}  -- address → bytes at the last look
+local began = {}     -- address → when it was sent, of those that may be left out
 local parked = {}    -- address → whether it was counted as a use before
 
 local request_t = ffi.typeof("ngx_http_request_t *")
@@ -46,17 +47,29 @@ function _M.begin(replica)
     received[at] = nil
 end
 
+--- The same, with the time, for one that may be left out of the counts.
+function _M.begin_at(replica, now)
+    _M.begin(replica)
+    began[address()] = now
+end
+
 --- The current request is on no replica any more.
 function _M.finish()
     local at = address()
     under_way[at] = nil
     received[at] = nil
+    began[at] = nil
     parked[at] = nil
 end
 
 --- Address and replica of each request under way, for a loop.
 function _M.all()
     return next, under_way
+end
+
+--- When the request at an address was sent; nil if nobody wanted to know then.
+function _M.began(at)
+    return began[at]
 end
 
 --- Note whether the request at an address is left out of the counts; `use` says whether it is a use

@@ -3,7 +3,8 @@
 -- on the replica, so that it may stop or be replaced. The connection stays, and counts again with
 -- the client's next byte.
 --
--- Over HTTP/2 bytes are no single request's: there it is the time since the request began.
+-- Over HTTP/2 bytes are no single request's: there it is the time since it was sent to the replica.
+-- A request that was sent while its service did not want this counts to its end.
 --
 -- Per worker: when it last looked, whether any service wants it.
 
@@ -15,7 +16,6 @@ local registry = require "gate.registry"
 local find = string.find
 local ipairs = ipairs
 local min = math.min
-local tonumber = tonumber
 
 local LOOK_S = 0.5
 local SWITCHED = "101"
@@ -44,22 +44,21 @@ local function stays_open(at)
 end
 
 -- The time a request was held is not its client's silence.
-local function silent_for(at)
-    local since = tonumber(flows.read(at, "request_time")) or 0
-    since = since - (tonumber(flows.read(at, "sg_waited")) or 0)
+local function silent_for(at, now)
+    local since = now - (flows.began(at) or now)
     if flows.read(at, "server_protocol") ~= "HTTP/1.1" then
         return since
     end
     return min(since, client.silent_for(flows.request(at)) or since)
 end
 
-local function look_at(at, replica)
+local function look_at(at, replica, now)
     local limit = replica.service.max_idle_connection
     local left_out = flows.parked(at) ~= nil
     if limit == 0 and not left_out or not stays_open(at) then
         return
     end
-    local silent = limit > 0 and silent_for(at) >= limit
+    local silent = limit > 0 and silent_for(at, now) >= limit
     if silent and not left_out then
         activity.park(at, replica)
     elseif left_out and not silent then
@@ -74,7 +73,7 @@ function _M.look(now)
     end
     looked = now
     for at, replica in flows.all() do
-        look_at(at, replica)
+        look_at(at, replica, now)
     end
 end
 
