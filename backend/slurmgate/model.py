@@ -155,7 +155,10 @@ class TlsSpec:
 
 @dataclass(frozen=True, slots=True)
 class GateSpec:
-    """The ``gate`` section: what nginx is rendered from. ``max_*`` are bytes."""
+    """The ``gate`` section: what nginx is rendered from. ``max_*`` are bytes.
+
+    ``service_cors``: a service has a list of its own, so nginx writes the headers of CORS.
+    """
 
     listen: str = "127.0.0.1:8080"
     private: tuple[str, ...] = ("127.0.0.0/8", "::1")
@@ -166,6 +169,7 @@ class GateSpec:
     open: bool = False
     trusted_proxies: tuple[str, ...] = ()
     cors: tuple[str, ...] = ()
+    service_cors: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,15 +81,15 @@ local function serve_by_model(var)
     return hold.enter(var, nil)
 end
 
---- The header of a request came: what is wrong with it, or "". Not a phase of its own, which would
---- cost as much as all of the rest.
-function _M.examine()
-    return hops.examine(ngx.var) or ""
-end
-
 --- A request came.
 function _M.access()
     local var = ngx.var
+    local detail = hops.examine(var)
+    if detail then
+        var.sg_detail = detail
+        -- nginx ends the connection then: where the next request begins is as doubtful.
+        return ngx.exit(ngx.HTTP_BAD_REQUEST)
+    end
     local uri = var.request_uri
     local target, query = registry.match(uri)
     if OUTDATED[target.kind] and notifier.confirm() then

@@ -75,7 +75,7 @@ def behind_proxy(
 def open_to_page(
     folder: Path, gate_spec: GateSpec, backend: FakeBackend, echo: EchoService
 ) -> Iterator[Gate]:
-    with running(folder, replace(gate_spec, cors=(PAGE,)), backend) as gate:
+    with running(folder, replace(gate_spec, cors=(PAGE,), service_cors=True), backend) as gate:
         yield gate
 
 

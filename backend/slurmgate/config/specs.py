@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,12 @@ def build(document: dict[str, Any], path: Path, warnings: tuple[str, ...]) -> Co
         for key in ("admin_token_file", "keys_file")
         if key in document
     }
+    services = tuple(_service(entry, folder) for entry in document["Services"])
+    gate = _gate(document.get("gate", {}), folder)
     return Config(
         path=path,
-        services=tuple(_service(entry, folder) for entry in document["Services"]),
-        gate=_gate(document.get("gate", {}), folder),
+        services=services,
+        gate=replace(gate, service_cors=any(spec.cors for spec in services)),
         instance=document.get("instance"),
         watch=document.get("watch", True),
         warnings=warnings,
