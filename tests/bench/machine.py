@@ -8,6 +8,7 @@ import platform
 import re
 import resource
 import subprocess
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,24 @@ def machine_busy_seconds() -> float:
     fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
     user, nice, system, _idle, _wait, _hard, _soft, stolen = map(int, fields[:8])
     return (user + nice + system + stolen) / TICKS
+
+
+class Others:
+    """What the machine does beside these processes, this one and those it started and awaited."""
+
+    def __init__(self, pids: Iterable[int]) -> None:
+        self._pids = list(pids)
+        self._began = time.monotonic()
+        self._before = self._used()
+
+    def _used(self) -> float:
+        usages = [resource.getrusage(of) for of in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        ours = cpu_seconds(self._pids) + sum(usage.ru_utime + usage.ru_stime for usage in usages)
+        return machine_busy_seconds() - ours
+
+    def cores(self) -> float:
+        """Cores it used for that since this was made."""
+        return (self._used() - self._before) / (time.monotonic() - self._began)
 
 
 def memory_bytes(pids: Iterable[int]) -> int:

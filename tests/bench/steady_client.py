@@ -11,10 +11,11 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 from tests.bench.steady import Asked, Steady
-from tests.up.product import ROOT
 
+ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 60.0
 
 
