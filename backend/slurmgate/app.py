@@ -89,7 +89,12 @@ def serve(options: BackendOptions) -> int:
         reloader = Reloader(
             config,
             lambda fresh, content: _apply(control, keyring, state, fresh, content),
-            lambda fresh, running: _try_gate(fresh, running, state, options),
+            lambda fresh, running: _guarded(
+                _try_gate(fresh.gate, running.gate, state, options),
+                control,
+                keyring,
+                (fresh, running),
+            ),
             error=error,
         )
         reloader.start()
@@ -160,6 +165,30 @@ def _apply(
     control.configure(config)
     keyring.follow(config.keys_file)
     _keep(state, config, content)
+
+
+def _guarded(
+    commit: Callable[[], list[str]],
+    control: Control,
+    keyring: Keyring,
+    change: tuple[Config, Config],
+) -> Callable[[], list[str]]:
+    """Have the gate know who may come before it opens anywhere else; ``change``: fresh, running."""
+    fresh, running = change
+    if fresh.keys_file in (None, running.keys_file):
+        return commit
+
+    def commit_behind_keys() -> list[str]:
+        keyring.follow(fresh.keys_file)
+        try:
+            if not keyring.await_gate() and control.hears_gate():
+                raise ConfigError(["keys_file: the gate did not take the keys in time; try again"])
+            return commit()
+        except (ConfigError, OSError):
+            keyring.follow(running.keys_file)
+            raise
+
+    return commit_behind_keys
 
 
 def _try_gate(

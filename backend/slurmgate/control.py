@@ -157,6 +157,10 @@ class Control:
         """Make the jobs of another owner ours; how many. Blocks while hosts are asked."""
         return sum(launcher.take_over(owner) for launcher in self._launchers.values())
 
+    def hears_gate(self) -> bool:
+        """Say whether a gate has reported a moment ago."""
+        return self._clock() - self.view.gate_seen < GATE_SILENT
+
     def await_gate(self) -> bool:
         """Wait until the gate has the snapshot of now; False when it does not say so in time.
 
@@ -165,8 +169,7 @@ class Control:
         """
         number, deadline = self.view.number, self._clock() + GATE_WITHIN
         while (self.view.gate_stored or 0) < number:
-            now = self._clock()
-            if now >= deadline or now - self.view.gate_seen >= GATE_SILENT:
+            if self._clock() >= deadline or not self.hears_gate():
                 return False
             self._reported.wait(GATE_LOOK)
         return True

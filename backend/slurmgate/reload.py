@@ -13,16 +13,17 @@ from pathlib import Path
 
 from slurmgate import config as configuration
 from slurmgate.errors import ConfigError, SlurmgateError
-from slurmgate.model import Config, GateSpec
+from slurmgate.model import Config
 
 log = logging.getLogger(__name__)
 
 WATCH_EVERY = 0.5
 
 Signature = tuple[int, int, int, int]
-GateChange = Callable[[GateSpec, GateSpec], "Callable[[], list[str]]"]
-"""Tries a changed gate section, given with the one in force (ConfigError if it cannot be used);
-the result puts it in force and gives notes for the operator. Both may raise OSError."""
+GateChange = Callable[[Config, Config], "Callable[[], list[str]]"]
+"""Tries a configuration's changed gate section, given with the configuration in force (ConfigError
+if it cannot be used); the result puts it in force and gives notes for the operator. Both may raise
+ConfigError or OSError."""
 
 
 class Reloader:
@@ -74,6 +75,8 @@ class Reloader:
             self.error = None
             self.loaded_at = _now()
             log.info("configuration loaded: %d services", len(fresh.services))
+            for note in notes:
+                log.warning("%s", note)
             return notes
 
     def _put_in_force(self, fresh: Config, content: bytes) -> list[str]:
@@ -82,7 +85,7 @@ class Reloader:
         if fresh.instance != running.instance:
             notes.append("instance: takes effect at the next start of the backend")
         if fresh.gate != running.gate:
-            commit = self._try_gate(fresh.gate, running.gate)
+            commit = self._try_gate(fresh, running)
             notes += commit()
         self._apply(fresh, content)
         self.config = fresh

@@ -21,6 +21,7 @@ local ipairs = ipairs
 local max = math.max
 local min = math.min
 local random = math.random
+local tonumber = tonumber
 
 local GROWTH = 16
 local WINDOW_S = 0.005
@@ -33,6 +34,15 @@ local TURNS = 2 ^ 24
 
 local _M = {}
 
+-- Where on the ring a request belongs: by a header, or by how its prompt begins.
+local function place_of(var, service)
+    if service.prefix_affinity then
+        return tonumber(var.sg_place)
+    end
+    local key = service.affinity and var[service.affinity]
+    return key and key ~= "" and crc32_long(key)
+end
+
 local function pick_among(var, service)
     -- What another worker suspects is out of the choice at once, not only with the next tick.
     registry.refresh_suspicions()
@@ -41,9 +51,8 @@ local function pick_among(var, service)
     for i = 1, #routable do
         loads[routable[i].id] = activity.on_replica(tags, routable[i])
     end
-    local key = service.affinity and var[service.affinity]
-    local stays = key and key ~= ""
-        and picker.affine(service.ring, crc32_long(key), routable, loads)
+    local place = place_of(var, service)
+    local stays = place and picker.affine(service.ring, place, routable, loads)
     if stays then
         return stays
     end

@@ -99,6 +99,7 @@ end
 function _M.note(var, service)
     local set = set_of(list_for(service))
     if not set then
+        var.sg_origin = "" -- it was found open to others, while nobody knew the service
         return false
     end
     local origin = var.http_origin

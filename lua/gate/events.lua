@@ -62,10 +62,19 @@ end
 
 -- Errors --------------------------------------------------------------------------------------
 
+local TWO = "[\194-\223][\128-\191]"
+local THREE = { "\224[\160-\191][\128-\191]", "[\225-\236\238\239][\128-\191][\128-\191]",
+    "\237[\128-\159][\128-\191]" }
+local FOUR = { "\240[\144-\191][\128-\191][\128-\191]",
+    "[\241-\243][\128-\191][\128-\191][\128-\191]", "\244[\128-\143][\128-\191][\128-\191]" }
+
 -- The text if it is UTF-8, else without what is not ASCII: whoever reads events reads UTF-8.
 local function readable(text)
-    local rest = text:gsub("[\194-\223][\128-\191]", "."):gsub("[\224-\239][\128-\191][\128-\191]",
-        "."):gsub("[\240-\244][\128-\191][\128-\191][\128-\191]", ".")
+    local rest = text
+    -- Long ones first: what is left of them must not pass for shorter ones.
+    for _, pattern in ipairs { FOUR[1], FOUR[2], FOUR[3], THREE[1], THREE[2], THREE[3], TWO } do
+        rest = rest:gsub(pattern, ".")
+    end
     return find(rest, "[\128-\255]") and text:gsub("[\128-\255]", "?") or text
 end
 
@@ -93,7 +102,7 @@ end
 -- JSON stays as it is, on one line: line ends within it can only stand between its parts.
 local function embed(body)
     if body ~= "" and json.decode(body) ~= nil then
-        return (body:gsub("[\r\n]+", " "))
+        return (body:gsub("%c+", " "))
     end
     return json.encode(body)
 end

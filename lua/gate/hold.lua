@@ -100,9 +100,9 @@ local function look(var, waiter, wish)
         service = registry.find(waiter.name)
     end
     local allowed
-    allowed, code = keys.still(var, service)
+    allowed, code, facts = keys.still(var, service)
     if not allowed then
-        return nil, code
+        return nil, code, facts
     end
     if service and lost_twice(var) then
         return nil, "upstream-failed"
@@ -241,7 +241,8 @@ end
 
 --- Wait for a replica; the access phase of @hold. Returns when the peer is chosen.
 function _M.wait(var)
-    return wait(var, tonumber(var.sg_since))
+    -- What it waited until the heartbeats began is noted already.
+    return wait(var, var.sg_waited == "" and tonumber(var.sg_since) or clock.now())
 end
 
 -- Again --------------------------------------------------------------------------------------

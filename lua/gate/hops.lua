@@ -23,6 +23,8 @@ local match = string.match
 local sub = string.sub
 
 local LIMIT = 200 -- header lines of a request
+local WORDS_LIMIT = 50 -- of its Connection lines
+local HOST_LIMIT = 300
 local HOSTS_KEPT = 1000
 local TAB, NEWLINE, RETURN, SPACE = 9, 10, 13, 32
 local X, DASH, S, L = 120, 45, 115, 108
@@ -158,8 +160,12 @@ end
 function _M.strip()
     local values = ngx.req.get_headers(0)["connection"]
     values = type(values) == "table" and table.concat(values, ",") or values or ""
+    local words = 0
     for word in values:gmatch("[^, \t]+") do
-        word = lower(word)
+        word, words = lower(word), words + 1
+        if words > WORDS_LIMIT then
+            return "Connection names more headers than this gate takes."
+        end
         if NEEDED[word] then
             return ("Connection must not name '%s'."):format(word)
         elseif not WORDS[word] and not find(word, NO_NAME) then
@@ -175,7 +181,7 @@ local function host_problem(sent, found)
     if not name then
         name, port = match(sent, "^(%[[%x:.]+%]):?(%d*)$")
     end
-    if not name or #port > 5 or (tonumber(port) or 0) > 65535 then
+    if not name or #sent > HOST_LIMIT or #port > 5 or (tonumber(port) or 0) > 65535 then
         return "The Host header is no host."
     elseif lower(name):gsub("%.$", "") ~= found then
         return "The Host header and the request line name different hosts."

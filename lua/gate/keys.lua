@@ -29,6 +29,8 @@ local tonumber = tonumber
 
 local BLANK = 32
 local TOKEN_LENGTH = 46
+local LOOKS = 16        -- at what may be a key within a header
+local NOT_FOR_IT = "This key is not for this service."
 local TOKEN_LIMIT = 256 -- longer ones are nobody's, and not worth hashing
 
 ffi.cdef [[
@@ -87,16 +89,18 @@ local function compile_entry(told)
     return entry
 end
 
+-- Whatever goes wrong on the way leaves the list before in force, whole.
 local function compile(new_version, told)
-    required, entries, by_word, by_name = told.required == true, {}, {}, {}
+    local list, words, names = {}, {}, {}
     for i, one in ipairs(told.entries) do
         local entry = compile_entry(one)
         local word = entry.digest.words[0]
-        entry.twin = by_word[word] -- one of the same first word, once in a blue moon
-        by_word[word] = entry
-        by_name[entry.name] = entry
-        entries[i] = entry
+        entry.twin = words[word] -- one of the same first word, once in a blue moon
+        words[word] = entry
+        names[entry.name] = entry
+        list[i] = entry
     end
+    required, entries, by_word, by_name = told.required == true, list, words, names
     version = new_version
 end
 
@@ -216,30 +220,31 @@ end
 
 -- Public services ----------------------------------------------------------------------------
 
--- The entry of a key of ours that stands anywhere in a header, or nil.
+-- Whether a key of ours stands anywhere in a header, and its entry. A header with very many that
+-- may be some is as good as one that has one.
 local function contained(header)
     local at = header and find(header, "sg-", 1, true)
-    while at do
-        local entry = look_up(sub(header, at, at + TOKEN_LENGTH - 1))
-        if entry then
-            return entry
+    for _ = 1, LOOKS do
+        local entry = at and look_up(sub(header, at, at + TOKEN_LENGTH - 1))
+        if not at or entry then
+            return entry ~= nil, entry
         end
         at = find(header, "sg-", at + 1, true)
     end
-    return nil
+    return at ~= nil, nil
 end
 
 -- They get what the client sent, but no key of ours: whoever serves them could use it.
 local function open(var)
-    local in_bearer = contained(var.http_authorization)
-    local in_other = contained(var.http_x_api_key)
+    local in_bearer, of_bearer = contained(var.http_authorization)
+    local in_other, of_other = contained(var.http_x_api_key)
     if in_bearer then
         clear_header("Authorization")
     end
     if in_other then
         clear_header("X-Api-Key")
     end
-    local entry = in_bearer or in_other
+    local entry = of_bearer or of_other
     if entry and not expired(entry) then
         var.sg_user = entry.name
         limits.note(entry)
@@ -270,7 +275,7 @@ function _M.authorise(var, service)
     if expired(entry) then
         return refuse(entry, "unauthorized", service, "This key has expired.")
     elseif not _M.may(entry, service) then
-        return refuse(entry, "forbidden", service, "This key is not for this service.")
+        return refuse(entry, "forbidden", service, NOT_FOR_IT)
     end
     local ok, code, facts = limits.take(entry)
     if not ok then
@@ -289,8 +294,11 @@ function _M.still(var, service)
     if not required or (service and service.public) then
         return true
     elseif user == "" then
-        -- It came when no key was needed; now its service is not started for it.
-        return not service or nil, "unauthorized"
+        -- It came when no key was needed. While nobody knows its service nothing starts for it.
+        if service then
+            return _M.authorise(var, service)
+        end
+        return true
     end
     local entry = who(var)
     if entry == nil and var.sg_relayed == "1" then
@@ -299,7 +307,7 @@ function _M.still(var, service)
     if not entry or expired(entry) then
         return nil, "unauthorized"
     elseif service and not _M.may(entry, service) then
-        return nil, "forbidden"
+        return nil, "forbidden", { detail = NOT_FOR_IT }
     end
     return true
 end

@@ -55,7 +55,8 @@ local function parameters(text)
         end
         local value, behind = parameter_value(text, from)
         name = lower(name)
-        if not value or found[name] then
+        -- Some readers prefer "name*" to "name".
+        if not value or found[name] or (sub(name, -1) == "*" and name ~= "filename*") then
             return nil
         end
         found[name] = value

@@ -81,13 +81,29 @@ local function compose(now)
     return cjson.encode(up), { snapshot = version, keys = of_keys }
 end
 
+-- What is kept of a service is what runs and how it is; what it is for is as the newest says.
+local OBSERVED = {
+    "replicas", "state", "reason", "refusal", "progress", "retry_after_s", "starts_at",
+}
+
+local function with_replicas_of(kept, entry)
+    if not kept or not entry.route_name then
+        return kept or entry
+    end
+    for _, name in ipairs(OBSERVED) do
+        entry[name] = kept[name]
+    end
+    entry.unknown = nil
+    return entry
+end
+
 local function keep_unknown(down)
     local kept
     local services = {}
     for i, entry in ipairs(down.services) do
         if entry.unknown == true then
             kept = kept or registry.stored_entries()
-            entry = kept[entry.name] or entry
+            entry = with_replicas_of(kept[entry.name], entry)
         end
         services[i] = entry
     end

@@ -199,8 +199,8 @@ local function models(var)
         return problem.send("not-ready", {})
     end
     local key, code = routing.caller(var)
-    if code then
-        return problem.send(code, {})
+    if code or key == false then
+        return problem.send("unauthorized", {})
     end
     local name = var.request_uri:match("^/v1/models/([^?]+)")
     if not name then

@@ -59,6 +59,7 @@ end
 
 local function each_of_text(text, take, taker)
     local p, n = cast("const uint8_t *", text), #text
+    taker.text = text -- what is pointed into must not be collected
     if n <= PIECE then
         return take(taker, p, n)
     end

@@ -24,6 +24,12 @@ local ALL_TAKEN = "The service is as busy as it may be; the request was held as 
 -- Problems after which the client is expected back, so that the service stays wanted
 local LEAVES_LEASE = { ["hold-timeout"] = true, ["too-many-waiting"] = true }
 
+-- Problems that have nothing to do with how its service is
+local OF_THE_SENDER = {
+    unauthorized = true, forbidden = true, ["too-many-requests"] = true,
+    ["too-many-in-flight"] = true,
+}
+
 local _M = {}
 
 --- The client's own bound in seconds (RFC 7240), out of any of several header lines.
@@ -48,6 +54,10 @@ function _M.send(var, code, more)
     activity.abandon(var)
     if not service then
         return problem.send(code, more or {})
+    elseif OF_THE_SENDER[code] then
+        more = more or {}
+        more.service = service.name
+        return problem.send(code, more)
     end
     local now = clock.now()
     local facts = problem.service_facts(service, var.sg_private == "1", code, now)

@@ -22,6 +22,7 @@ local sub = string.sub
 
 local REREADS = 5
 local MATCHES_KEPT = 2000
+local LONGEST_KEPT = 1024 -- bytes of a path
 
 local version          -- of the compiled snapshot, nil before the first
 local suspicions = -1  -- of the compiled lists
@@ -113,7 +114,7 @@ local function compile_service(entry, known, at, before)
         cors = value(entry.cors), -- nil: the gate's
         use_key = store.tag() .. ":u:" .. entry.name, requests_key = "requests:" .. entry.name,
         busy_key = "busy:" .. entry.name,
-        replicas = {}, routable = {}, targets = {},
+        replicas = {}, routable = {}, targets = {}, targets_kept = 0,
     }
     local refusal = value(entry.refusal)
     if refusal then
@@ -233,7 +234,9 @@ function _M.match(uri)
     if not target then
         target = router.match(by_route, path)
         target.printable = router.printable(path)
-        if matches_kept >= MATCHES_KEPT then
+        if #path > LONGEST_KEPT then
+            return target, mark and sub(uri, mark)
+        elseif matches_kept >= MATCHES_KEPT then
             matches, matches_kept = {}, 0
         end
         matches[path] = target
@@ -271,11 +274,13 @@ function _M.target(service, path)
     local target = service.targets[path]
     if not target then
         target = router.target(service, path)
-        if matches_kept >= MATCHES_KEPT then
+        if #path > LONGEST_KEPT then
             return target
+        elseif service.targets_kept >= MATCHES_KEPT then
+            service.targets, service.targets_kept = {}, 0
         end
         service.targets[path] = target
-        matches_kept = matches_kept + 1
+        service.targets_kept = service.targets_kept + 1
     end
     return target
 end

@@ -126,7 +126,8 @@ end
 
 local function next_chunk(sock)
     local line = sock:receive("*l")
-    local n = line and tonumber(line:match("^%x+"), 16)
+    local digits = line and line:match("^%x+")
+    local n = digits and tonumber(digits, 16)
     if not n then
         return nil
     elseif n == 0 then
@@ -146,9 +147,12 @@ local function pieces(sock, headers)
     end
     local left = tonumber(headers["content-length"]) or 0
     return function()
-        local n = min(left, PIECE)
-        left = left - n
-        return n == 0 and "" or sock:receive(n)
+        if left == 0 then
+            return ""
+        end
+        local piece = sock:receiveany(min(left, PIECE))
+        left = left - #(piece or "")
+        return piece
     end
 end
 

@@ -19,6 +19,7 @@ local OWN_PATHS = {
     ["/healthz"] = "healthz",
     ["/readyz"] = "readyz",
     ["/v1/models"] = "models",
+    ["/v1/models/"] = "models",
     ["/enable_service_management"] = "admin",
     ["/disable_service_management"] = "admin",
     ["/kill_disable_service_management"] = "admin",

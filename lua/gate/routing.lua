@@ -51,16 +51,14 @@ function _M.models_for(key)
     return names
 end
 
---- The caller's key, nil without one; or nil and a code when nothing is open to the caller.
+--- The caller's key: nil without one, false if it is wrong; and a code when nothing is open to the
+--- caller.
 function _M.caller(var)
     if not keys.required() then
         return nil
     end
     local key = keys.identify(var)
-    if not key and #_M.models_for(nil) == 0 then
-        return nil, "unauthorized"
-    end
-    return key or nil
+    return key, not key and #_M.models_for(nil) == 0 and "unauthorized" or nil
 end
 
 --- The 404 for a model that nobody offers: code and facts, with the names known to the caller.
@@ -119,7 +117,29 @@ local function rename(var, name, found)
             return nil, code, { detail = detail }
         end
     end
-    return payload.rename(found, name)
+    local ok, failed, why = payload.rename(found, name)
+    return ok, failed, { detail = why }
+end
+
+-- The target of a request whose service is known by its model, if it may go there.
+local function to_service(var, service, path, found)
+    cors.note(var, service)
+    local ok, code, facts = _M.check(var, service)
+    if not ok then
+        return nil, code, facts
+    end
+    local target = registry.target(service, path)
+    if target.kind ~= "service" then
+        return nil, target.kind, { service = service.name }
+    end
+    local own = service.upstream_model
+    if own and own ~= var.sg_model then
+        ok, code, facts = rename(var, own, found)
+        if not ok then
+            return nil, code, facts
+        end
+    end
+    return target
 end
 
 local function by_model(var, path)
@@ -142,23 +162,15 @@ local function by_model(var, path)
     if not service and notifier.confirm() then
         service = registry.by_model(name)
     end
-    if not service and registry.complete() then
-        return nil, _M.no_such_model(name, key)
-    elseif not service then
+    if service then
+        return to_service(var, service, path, found)
+    elseif not registry.complete() then
         return nil
+    elseif keys.required() and not key then
+        -- As for a model there is: whoever has no key shall not find out by guessing.
+        return nil, "unauthorized"
     end
-    local target = registry.target(service, path)
-    if target.kind ~= "service" then
-        return nil, target.kind, { service = service.name }
-    end
-    local own = service.upstream_model
-    if own and own ~= name then
-        local ok, code, why = rename(var, own, found)
-        if not ok then
-            return nil, code, why
-        end
-    end
-    return target
+    return nil, _M.no_such_model(name, key)
 end
 
 -- Everything ----------------------------------------------------------------------------------
@@ -170,10 +182,7 @@ function _M.find(var)
     local kind = target.kind
     if kind == "api" then
         local found, code, facts = by_model(var, target.path)
-        if not found then
-            return nil, code, facts
-        end
-        target = found
+        return found, found and query or code, facts
     elseif kind == "no-such-route" and not registry.complete() then
         return nil
     elseif kind ~= "service" then

@@ -42,7 +42,7 @@ class Backend:
 
         def commit():
             self._fail("commit")
-            return [f"from {running.workers} to {fresh.workers}"]
+            return [f"from {running.gate.workers} to {fresh.gate.workers}"]
 
         return commit
 

@@ -127,7 +127,9 @@ def _keys(keyring: Keyring) -> Iterator[Metric]:
         "slurmgate_key_requests", "Requests that came with a key.", labels=["key"]
     )
     refused = CounterMetricFamily(
-        "slurmgate_key_refused", "Of these, those refused for its limits or rights.", labels=["key"]
+        "slurmgate_key_refused",
+        "Requests with the key that were refused for its limits or rights.",
+        labels=["key"],
     )
     in_flight = GaugeMetricFamily(
         "slurmgate_key_in_flight", "Requests under way that came with a key.", labels=["key"]
