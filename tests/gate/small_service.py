@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import socket
 import threading
 from collections.abc import Coroutine
@@ -13,6 +14,7 @@ from typing import Any
 from tests.gate.harness import free_port, replica
 
 PIECE_S = 0.05
+LENGTH = re.compile(rb"(?i)\r\ncontent-length: (\d+)\r\n")
 STREAM = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 EVENTS = STREAM.replace(b"Transfer", b"Content-Type: text/event-stream\r\nTransfer")
 UPGRADED = b"HTTP/1.1 101 x\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n"
@@ -81,6 +83,8 @@ class SmallService:
             with contextlib.suppress(*gone):
                 while True:
                     head = await reader.readuntil(b"\r\n\r\n")
+                    length = LENGTH.search(head)
+                    await reader.readexactly(int(length.group(1)) if length else 0)
                     await self._answer(head.split(b" ", 2)[1].decode(), writer)
         finally:
             self._writers.discard(writer)

@@ -16,13 +16,15 @@ class StreamService(EchoService):
     """Answers ``/sse…`` with events, the first of which has the digest of the request's body.
 
     ``/sse/late`` begins to answer, and ``/sse/long`` goes on behind its first event, when ``go`` is
-    set; ``/sse/cut`` breaks off; ``/sse/large`` sends ``LARGE`` besides. ``/status/N`` answers N,
-    ``/packed`` an encoded stream.
+    set, as does ``/sse/length``, which tells its length; ``/sse/cut`` breaks off; ``/sse/large``
+    sends ``LARGE`` besides. ``/status/N`` answers N with ``trouble``, and ``/packed`` an encoded
+    stream.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.go = threading.Event()
+        self.trouble = b'{"detail":"as asked", "n": [1.50, []]}'
         self.headers: list[dict[str, str]] = []
 
     def answer(self, handler: _Handler) -> None:
@@ -34,7 +36,9 @@ class StreamService(EchoService):
         self.seen.append(path)
         self.headers.append(dict(handler.headers))
         if path.startswith("/status"):
-            handler.reply(int(path.rpartition("/")[2]), b'{"detail":"as asked", "n": [1.50, []]}')
+            handler.reply(int(path.rpartition("/")[2]), self.trouble)
+        elif path == "/sse/length":
+            self._stream_of_known_length(handler)
         else:
             self._stream(handler, path, hashlib.sha256(body).hexdigest())
 
@@ -57,6 +61,15 @@ class StreamService(EchoService):
             self._chunk(handler, LARGE)
         self._chunk(handler, EVENTS)
         handler.wfile.write(b"0\r\n\r\n")
+
+    def _stream_of_known_length(self, handler: _Handler) -> None:
+        handler.send_response_only(200)
+        handler.send_header("Content-Type", "text/event-stream")
+        handler.send_header("Content-Length", str(2 * len(EVENTS)))
+        handler.end_headers()
+        handler.wfile.write(EVENTS)
+        self.go.wait(DEADLINE_S)
+        handler.wfile.write(EVENTS)
 
     def _chunk(self, handler: _Handler, data: bytes) -> None:
         handler.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 from collections import Counter
@@ -237,6 +238,60 @@ def test_a_session_passes_over_a_full_replica(
     wait_for(two, 1)
     assert home_of(gate, "a") != home
     assert release(two, held) == [home]
+
+
+BY_MODEL = "/v1/chat/completions"
+
+
+def prompt(beginning: str, end: str = "") -> bytes:
+    """A request whose beginning is as long as is looked at, whatever it ends with."""
+    messages = [{"role": "system", "content": beginning.ljust(300, ".") + end}]
+    return json.dumps({"model": "m", "temperature": len(end), "messages": messages}).encode()
+
+
+def home_of_prompt(gate: Gate, path: str, beginning: str, end: str = "") -> str:
+    return replica_of(gate.get(path, "POST", prompt(beginning, end)))
+
+
+def test_prompts_that_begin_alike_go_to_the_same_replica_by_route_and_by_model(
+    gate: Gate, backend: FakeBackend, services: Services
+) -> None:
+    serve(backend, gate, services.start(3), prefix_affinity=True, models=["m"])
+    homes = {text: home_of_prompt(gate, BY_MODEL, text) for text in map(str, range(40))}
+    taken = Counter(homes.values())
+    assert set(taken) == {"r1", "r2", "r3"}
+    assert min(taken.values()) >= 4, taken
+    for text, home in homes.items():
+        for path in (BY_MODEL, "/llm" + BY_MODEL):
+            assert home_of_prompt(gate, path, text, "another end") == home
+
+
+def test_a_prompt_that_many_send_overflows_to_other_replicas(
+    pool: ThreadPoolExecutor, gate: Gate, backend: FakeBackend, services: Services
+) -> None:
+    three = services.start(3)
+    serve(backend, gate, three, prefix_affinity=True, models=["m"])
+    home = home_of_prompt(gate, BY_MODEL, "hot")
+    held = []
+    for count in range(1, 13):
+        held.append(pool.submit(gate.get, "/llm/hold", "POST", prompt("hot", str(count))))
+        wait_for(three, count)
+    loads = {one.name: one.in_flight for one in three}
+    # A quarter above the mean of four, and not more.
+    assert loads[home] == max(loads.values()) == 5
+    assert min(loads.values()) > 0
+    release(three, held)
+    assert home_of_prompt(gate, BY_MODEL, "hot") == home
+
+
+def test_requests_without_a_prompt_are_balanced(
+    gate: Gate, backend: FakeBackend, services: Services
+) -> None:
+    serve(backend, gate, services.start(3), prefix_affinity=True, models=["m"])
+    everywhere = {"r1", "r2", "r3"}
+    assert {replica_of(gate.get("/llm/x")) for _ in range(50)} == everywhere
+    empty = b'{"model": "m"}'
+    assert {replica_of(gate.get(BY_MODEL, "POST", empty)) for _ in range(50)} == everywhere
 
 
 # Replicas that fail -------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from tests.gate.harness import (
     EchoService,
     FakeBackend,
     Gate,
+    key,
     replica,
     service,
     wait_until,
@@ -40,6 +41,7 @@ PREFLIGHT = {
     "Access-Control-Request-Headers": "authorization, content-type",
 }
 SILENT_S = 1.0
+TOKEN = "sg-" + "a" * 43
 
 
 @pytest.fixture
@@ -234,6 +236,19 @@ def test_ordinary_clients_are_not_refused(
     ):
         text = gate.raw(b"GET /llm/x?q=1 HTTP/1.1\r\n" + head + b"\r\nConnection: close\r\n\r\n")
         assert text.startswith(b"HTTP/1.1 200 "), (head[:60], text)
+
+
+def test_connection_names_no_more_headers_than_any_client_has_use_for(
+    gate: Gate, backend: FakeBackend, echo: EchoService
+) -> None:
+    serve(backend, gate, echo)
+    for count, lines, status in ((45, 1, 200), (60, 1, 400), (60, 3, 400), (9_000, 1, 400)):
+        words = [b"x-%d" % (i % 9) for i in range(count)]
+        parts = [b"Connection: " + b",".join(words[i::lines]) + b"\r\n" for i in range(lines)]
+        text = gate.raw(
+            b"GET /llm/x HTTP/1.1\r\nHost: a\r\n" + b"".join(parts) + b"Connection: close\r\n\r\n"
+        )
+        assert text.startswith(b"HTTP/1.1 %d " % status), (count, lines, text[:100])
 
 
 # Slow clients ---------------------------------------------------------------------------------
@@ -479,6 +494,33 @@ def test_a_service_may_have_its_own_list(
     wait_until(
         lambda: allowed(open_to_page.get("/llm/x", headers={"Origin": PAGE})) == "*", "any origin"
     )
+
+
+@pytest.mark.parametrize("own", [None, []])
+def test_a_services_list_does_not_open_another_that_is_found_by_model(
+    folder: Path,
+    gate_spec: GateSpec,
+    backend: FakeBackend,
+    echo: EchoService,
+    own: list[str] | None,
+) -> None:
+    backend.publish_keys(key(TOKEN))
+    ready: dict[str, Any] = {"state": "ready", "replicas": [replica(echo.port)]}
+    backend.publish(
+        service("Open", models=["open"], cors=[PAGE], **ready),
+        service(models=["m"], cors=own, **ready),
+    )
+    headers = {"Origin": PAGE, "X-Api-Key": TOKEN}
+    closed = b'{"model": "m"}'
+    with running(folder, replace(gate_spec, service_cors=True), backend) as gate:
+        wait_until(lambda: gate.get("/llm/x").status == 401, "keys are asked for")
+        for path in ("/llm/x", "/v1/x"):
+            answer = gate.get(path, "POST", closed, headers)
+            assert (answer.status, allowed(answer)) == (200, None), path
+        answer = gate.get("/v1/x", "POST", b'{"model": "open"}', headers)
+        assert (answer.status, allowed(answer)) == (200, PAGE)
+        # Only who may use a service learns that there is one, and that it is closed to the page.
+        assert gate.get("/v1/x", "POST", closed, {"Origin": PAGE}).status == 401
 
 
 def test_without_a_list_origins_are_the_services_business(

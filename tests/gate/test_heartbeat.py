@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection, HTTPResponse, IncompleteRead
@@ -123,7 +125,8 @@ def error_of(text: bytes) -> Any:
     """The object of the one error event that a stream ends with."""
     assert text.endswith(b"\n\n")
     assert text.count(b"\ndata: ") + text.startswith(b"data: ") == 1
-    return json.loads(text.partition(b"data: ")[2])
+    # Of bytes the parser would take more than UTF-8.
+    return json.loads(text.decode().partition("data: ")[2])
 
 
 @pytest.mark.parametrize("size", [10, 100_000, 5_000_000])
@@ -157,10 +160,13 @@ def test_the_access_log_has_one_line_that_tells_how_it_went_on(
     gate: Gate, backend: FakeBackend, echo: StreamService, folder: Path
 ) -> None:
     backend.publish(cold())
+    began = time.monotonic()
     stream = Stream(gate, headers={"X-Request-Id": "one"})
-    stream.comment()
+    for _ in range(4):
+        stream.comment()
     backend.publish(ready(replica(echo.port)))
     stream.rest()
+    took = time.monotonic() - began
     log = folder / "access.log"
     lines = wait_until(lambda: log.read_text().splitlines(), "logged")
     wait_until(lambda: gate.get("/llm/x").status == 200, "another")
@@ -168,8 +174,41 @@ def test_the_access_log_has_one_line_that_tells_how_it_went_on(
     entry = json.loads(lines[0])
     assert (entry["request_id"], entry["path"], entry["status"]) == ("one", "/llm/sse", 200)
     assert (entry["service"], entry["replica"], entry["tries"]) == ("LLM", "r1", 1)
-    assert entry["waited"] >= HEARTBEAT_S
+    assert HEARTBEAT_S <= entry["waited"] <= took
     assert echo.headers[0]["X-Request-Id"] == "one"
+
+
+def test_a_client_that_speaks_http_1_0_gets_comment_lines_and_the_stream(
+    gate: Gate, backend: FakeBackend, echo: StreamService
+) -> None:
+    backend.publish(cold())
+    asked = b"GET /llm/sse HTTP/1.0\r\nHost: a\r\nAccept: text/event-stream\r\n\r\n"
+    with (
+        socket.create_connection(("127.0.0.1", gate.port), timeout=20) as sock,
+        sock.makefile("rb") as answer,
+    ):
+        sock.sendall(asked)
+        head = b"".join(iter(answer.readline, b"\r\n"))
+        assert head.startswith(b"HTTP/1.1 200 ")
+        assert b"chunked" not in head
+        for _ in range(2):
+            assert answer.readline().startswith(b": waiting state=pending")
+            assert answer.readline() == b"\n"
+        backend.publish(ready(replica(echo.port)))
+        assert answer.read().endswith(b"\n\n" + EVENTS)
+
+
+def test_a_stream_of_known_length_comes_event_by_event(
+    gate: Gate, backend: FakeBackend, echo: StreamService
+) -> None:
+    backend.publish(cold())
+    stream = Stream(gate, "/llm/sse/length")
+    stream.comment()
+    backend.publish(ready(replica(echo.port)))
+    wait_until(lambda: stream.response.readline() == b"data: [DONE]\n", "the first part")
+    assert not echo.go.is_set()
+    echo.go.set()
+    assert stream.rest() == EVENTS
 
 
 @pytest.mark.parametrize(
@@ -296,6 +335,32 @@ def test_an_answer_that_is_no_stream_becomes_an_error_event(
     assert error["message"] == "as asked"
     assert error["type"] == ("invalid_request_error" if status == 404 else "server_error")
     wait_until(lambda: nothing_held(backend), "counts given back")
+
+
+@pytest.mark.parametrize(
+    ("trouble", "body"),
+    [
+        (b'["line\tone\nline two\x01"]', ["line one line two "]),
+        ('["\u00e9\u4e2d\U0001f600"]'.encode(), ["\u00e9\u4e2d\U0001f600"]),
+        (b'["\xff \xc3"]', ["? ?"]),
+        (b'["\xc0\xaf"]', ["??"]),
+        (b'["\xed\xa0\x80"]', ["???"]),
+        (b'["\xe0\x9f\xbf"]', ["???"]),
+        (b'["\xf0\x8f\xbf\xbf"]', ["????"]),
+        (b'["\xf4\x90\x80\x80"]', ["????"]),
+        (b'["\xf0\x9f\xc3\xa9\x98\x80"]', ["??????"]),
+        (b"no JSON:\x00\n\xe9\xed\xb0\x80", "no JSON:\0\n????"),
+    ],
+)
+def test_whatever_a_failed_answer_has_in_it_the_event_is_json(
+    gate: Gate, backend: FakeBackend, echo: StreamService, trouble: bytes, body: list[str] | str
+) -> None:
+    echo.trouble = trouble
+    backend.publish(cold())
+    stream = Stream(gate, "/llm/status/500")
+    stream.comment()
+    backend.publish(ready(replica(echo.port)))
+    assert error_of(stream.rest())["error"]["body"] == body
 
 
 def test_an_encoded_stream_becomes_an_error_event(
@@ -621,6 +686,7 @@ def test_without_an_inner_listener_a_stream_waits_in_silence(
     gate.expected_errors.append("inner.sock failed")
     backend.publish(cold())
     (backend.run_dir / "inner.sock").unlink()
+    began = time.monotonic()
     stream = Stream(gate)
     waits(backend)
     told = len(backend.notes)
@@ -629,6 +695,8 @@ def test_without_an_inner_listener_a_stream_waits_in_silence(
     backend.publish(ready(replica(echo.port)))
     assert stream.rest().endswith(EVENTS)
     assert stream.response.headers["X-Slurmgate-Replica"] == "r1"
+    waited = float(stream.response.headers["X-Slurmgate-Waited"])
+    assert HEARTBEAT_S <= waited <= time.monotonic() - began
     wait_until(lambda: nothing_held(backend), "counts given back")
 
 
@@ -667,6 +735,14 @@ def test_a_key_is_counted_once_and_a_revoked_one_ends_the_wait(
     wait_until(lambda: nothing_held(backend), "counts given back")
 
 
+def _request(client: socket.socket) -> bytes:
+    """All of a request, which comes in pieces."""
+    with client.makefile("rb") as file:
+        head = b"".join(iter(file.readline, b"\r\n")) + b"\r\n"
+        length = re.search(rb"(?i)\r\ncontent-length: (\d+)\r\n", head)
+        return head + file.read(int(length.group(1)) if length else 0)
+
+
 class ImpatientProxy:
     """Passes bytes on between one client and the gate, and cuts both off after a silence."""
 
@@ -682,7 +758,7 @@ class ImpatientProxy:
         gate = socket.create_connection(("127.0.0.1", self._target))
         gate.settimeout(self._limit_s)
         with client, gate:
-            gate.sendall(client.recv(65536))
+            gate.sendall(_request(client))
             with contextlib.suppress(TimeoutError):
                 while data := gate.recv(65536):
                     client.sendall(data)
@@ -696,9 +772,11 @@ def test_a_proxy_that_cuts_silent_connections_is_kept_awake(
     gate: Gate, backend: FakeBackend, echo: StreamService
 ) -> None:
     backend.publish(cold())
-    proxy = ImpatientProxy(gate.port, 5 * HEARTBEAT_S)
+    limit_s = 10 * HEARTBEAT_S
+    proxy = ImpatientProxy(gate.port, limit_s)
+    began = time.monotonic()
     stream = Stream(gate, port=proxy.port)
-    for _ in range(16):
+    while time.monotonic() < began + 2 * limit_s:
         stream.comment()
     backend.publish(ready(replica(echo.port)))
     assert stream.rest().endswith(EVENTS)

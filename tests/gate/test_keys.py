@@ -261,6 +261,63 @@ def test_a_held_request_without_a_key_is_refused_when_keys_come_into_force(
     assert held.result(5).status == 401
 
 
+def test_a_held_request_with_a_good_key_goes_on_when_keys_come_into_force(
+    gate: Gate, backend: FakeBackend, echo: EchoService, pool: ThreadPoolExecutor
+) -> None:
+    backend.publish(service("Cold"))
+    wait_until(lambda: gate.get("/readyz").status == 200, "ready")
+    held = pool.submit(gate.get, "/cold/x", headers=bearer(ANNA))
+    wait_until(lambda: backend.service_note("Cold").get("waiting") == 1, "held")
+    backend.publish_keys(key(ANNA))
+    wait_until(lambda: backend.key_note("anna").get("in_flight") == 1, "counted on its key")
+    backend.publish(service("Cold", state="ready", replicas=[replica(echo.port)]))
+    answer = held.result(5)
+    assert answer.status == 200
+    assert answer.json["headers"]["X-Slurmgate-User"] == "anna"
+    assert ANNA not in answer.body.decode()
+    wait_until(lambda: backend.key_note("anna")["in_flight"] == 0, "none in flight")
+    assert backend.key_note("anna")["requests"] == 1
+
+
+def test_a_service_made_private_while_nobody_knows_how_it_is_asks_for_keys(
+    keyed: Gate, backend: FakeBackend, echo: EchoService
+) -> None:
+    backend.publish(service("Open", public=False, unknown=True, state="unknown"))
+    wait_until(lambda: backend.notes[-1]["snapshot"] == backend.version, "told")
+    wait_until(lambda: keyed.get("/open/x").status == 401, "private")
+    assert keyed.get("/open/x", headers=bearer(ANNA)).headers["X-Slurmgate-Replica"] == "r2"
+
+
+# Which models there are -------------------------------------------------------------------------
+
+
+def ask_model(gate: Gate, name: str, headers: dict[str, str]) -> Answer:
+    return gate.get("/v1/chat/completions", "POST", json.dumps({"model": name}).encode(), headers)
+
+
+def test_a_wrong_key_is_not_taken_for_none(
+    keyed: Gate, backend: FakeBackend, echo: EchoService
+) -> None:
+    backend.publish(
+        service(models=["private"]),
+        service(
+            "Open", models=["open"], public=True, state="ready", replicas=[replica(echo.port, "r2")]
+        ),
+    )
+    wait_until(lambda: ask_model(keyed, "open", {}).status == 200, "told")
+    for wrong in (bearer(ANNA + "A"), bearer("x"), {"X-Api-Key": OLD[:-1]}):
+        for path in ("/v1/models", "/v1/models/open"):
+            assert keyed.get(path, headers=wrong).status == 401, (path, wrong)
+        for model in ("none", "private"):
+            assert ask_model(keyed, model, wrong).status == 401, (model, wrong)
+    assert [model["id"] for model in keyed.get("/v1/models").json["data"]] == ["open"]
+    listed = keyed.get("/v1/models", headers=bearer(ANNA)).json["data"]
+    assert {model["id"] for model in listed} == {"open", "private"}
+    # Nobody finds out by guessing which models there are.
+    assert [ask_model(keyed, model, {}).status for model in ("none", "private")] == [401, 401]
+    assert ask_model(keyed, "none", bearer(ANNA)).status == 404
+
+
 def test_a_key_expires_by_itself(keyed: Gate, backend: FakeBackend) -> None:
     in_force(keyed, backend, backend.publish_keys(key(ANNA, expires=int(time.time()) + 4)))
     assert keyed.get("/llm/x", headers=bearer(ANNA)).status == 200

@@ -187,8 +187,9 @@ def test_before_the_first_snapshot_a_model_is_held_not_refused(
         assert unknown.result().status == 404
 
 
-def test_all_models_are_listed_cold_ones_too(ready: Gate):
-    listed = ready.get("/v1/models").json
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/", "/v1/models?limit=9"])
+def test_all_models_are_listed_cold_ones_too(ready: Gate, path: str):
+    listed = ready.get(path).json
     assert listed["object"] == "list"
     assert {(m["id"], m["state"]) for m in listed["data"]} == {
         ("org/one", "ready"),

@@ -82,6 +82,12 @@ def test_a_configuration_that_was_not_applied_is_not_the_one_in_force(backend):
     assert backend.reloader.config.gate.workers == 1
 
 
+def test_what_an_operator_should_know_of_a_change_that_was_noticed_is_logged(backend, caplog):
+    backend.reloader.start()
+    backend.write(2)
+    until(lambda: "from 1 to 2" in caplog.messages)
+
+
 def test_the_file_is_watched_on_after_an_error_of_the_machine(backend):
     backend.faults["try"] = OSError(errno.ENOSPC, "No space left on device")
     backend.reloader.start()
