@@ -6,6 +6,7 @@ import json
 import re
 import signal
 import subprocess
+import threading
 from pathlib import Path
 
 import httpx
@@ -13,10 +14,38 @@ import pytest
 
 from slurmgate import keys
 from tests.up.clients import ask_in_background
+from tests.up.product import free_port
 from tests.waiting import until
 
 SOON = 4  # seconds: twice what is promised, for machines that are busy
+MANY = 10_000  # keys, so many that reading them takes longer than an nginx reload
 NO_KEYS = r"keys: .*there is no such file"
+
+
+class Hammer:
+    """A client without a key that asks on and on; ``seen`` are the statuses it was answered."""
+
+    def __init__(self, url: str):
+        self.seen: list[int] = []
+        self._url = url
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Hammer:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        with httpx.Client(timeout=20, headers={"Connection": "close"}) as client:
+            while not self._stop.is_set():
+                try:
+                    self.seen.append(client.get(self._url).status_code)
+                except httpx.TransportError:
+                    self._stop.wait(0.005)  # nobody listens yet
 
 
 class Keys:
@@ -153,6 +182,26 @@ def test_a_reload_sets_and_removes_the_file(guarded):
     del guarded.product.top["keys_file"]
     guarded.product.write_config()
     guarded.until_status(200)
+
+
+def test_a_reload_that_also_moves_the_gate_opens_no_way_in_before_the_keys(guarded):
+    product = guarded.product
+    product.probe("cold")
+    file = product.top.pop("keys_file")
+    # Only the call below has it read again, and the gate expects what comes of that.
+    product.top |= {"watch": False, "gate": {"listen": f"127.0.0.1:{product.port}"}}
+    product.up(listen=False)
+    assert guarded.status() == 200
+    many = {"keys": [{"name": f"n{n}", "sha256": f"{n:064x}"} for n in range(MANY)]}
+    guarded.file.write_text(json.dumps(many))
+    moved = f"127.0.0.1:{free_port()}"
+    product.top |= {"keys_file": file, "gate": {"listen": moved}}
+    product.write_config()
+    with Hammer(f"http://{moved}/probe/") as warm, Hammer(f"http://{moved}/cold/") as cold:
+        assert product.post("/admin/reload").status_code == 200
+        until(lambda: min(hammer.seen.count(401) for hammer in (warm, cold)) > 10)
+    assert set(warm.seen + cold.seen) == {401}
+    assert product.noted("start", "cold") == []
 
 
 def test_no_secret_is_anywhere_but_with_its_client(guarded):
