@@ -22,6 +22,15 @@ def runtime_directory(monkeypatch):
 
 
 @pytest.fixture
+def public_folder(runtime_directory: Path) -> Path:
+    """A folder of the test's own that any user of this machine may enter."""
+    runtime_directory.chmod(0o755)
+    path = runtime_directory / "public"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture
 def as_ordinary_user() -> Callable[[Callable[[], None]], None]:
     """Calls a function in a child process without root's rights, and fails when it does."""
 

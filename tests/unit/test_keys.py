@@ -246,19 +246,17 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
 
 
 def test_a_folder_or_a_file_of_somebody_else_is_not_for_an_ordinary_user(
-    tmp_path, as_ordinary_user
+    public_folder, as_ordinary_user
 ):
     if os.geteuid() != 0:
         pytest.skip("only root can make files of somebody else")
-    tmp_path.chmod(0o777)
-    for parent in tmp_path.parents[:2]:
-        parent.chmod(0o755)
-    theirs = tmp_path / "keys.json"
+    public_folder.chmod(0o777)
+    theirs = public_folder / "keys.json"
     keys_file.change(theirs, adding("a"))
     theirs.chmod(0o666)
-    closed = tmp_path / "closed"
+    closed = public_folder / "closed"
     closed.mkdir(mode=0o755)
-    (tmp_path / "shut").mkdir(mode=0o700)
+    (public_folder / "shut").mkdir(mode=0o700)
 
     def change():
         with pytest.raises(KeysError, match="belongs to uid 0"):
@@ -266,7 +264,7 @@ def test_a_folder_or_a_file_of_somebody_else_is_not_for_an_ordinary_user(
         with pytest.raises(KeysError, match="cannot be written; run this as"):
             keys_file.change(closed / "keys.json", adding("b"))
         with pytest.raises(KeysError, match="cannot be read"):
-            keys.load(tmp_path / "shut" / "keys.json")
+            keys.load(public_folder / "shut" / "keys.json")
 
     as_ordinary_user(change)
 
