@@ -159,6 +159,8 @@ local function take(body, basis)
             asked_again = keys.version() ~= basis.keys
             return asked_again or nil, err
         end
+        -- A backend that is about to open another address waits to hear that they are here.
+        asked_again = true
     end
     if listed then
         take_snapshot(down, body, basis.snapshot)

@@ -195,6 +195,8 @@ end
 
 local function models(var)
     var.sg_api = "openai"
+    -- Another worker may have taken the first snapshot a moment ago.
+    registry.refresh()
     if not registry.version() then
         return problem.send("not-ready", {})
     end

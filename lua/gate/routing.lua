@@ -123,9 +123,11 @@ end
 
 -- The target of a request whose service is known by its model, if it may go there.
 local function to_service(var, service, path, found)
-    cors.note(var, service)
     local ok, code, facts = _M.check(var, service)
     if not ok then
+        if code == "unauthorized" then
+            facts.service = nil -- guessing names shall not pay
+        end
         return nil, code, facts
     end
     local target = registry.target(service, path)
