@@ -26,23 +26,28 @@ local of_version  -- of the snapshot it was made from
 
 local _M = {}
 
+local function append(all, list)
+    for _, origin in ipairs(list or {}) do
+        all[#all + 1] = origin
+    end
+end
+
+local function collect()
+    local all = {}
+    append(all, settings.cors)
+    for _, service in ipairs(registry.services()) do
+        append(all, service.cors)
+    end
+    return all
+end
+
+-- Without a closure in it: each request by model asks, and leaving one's scope is not compiled.
 local function origins_of_all()
     local version = registry.version()
-    if of_all and of_version == version then
-        return of_all
+    if not of_all or of_version ~= version then
+        of_all, of_version = collect(), version
     end
-    local all = {}
-    local function add(list)
-        for _, origin in ipairs(list or {}) do
-            all[#all + 1] = origin
-        end
-    end
-    add(settings.cors)
-    for _, service in ipairs(registry.services()) do
-        add(service.cors)
-    end
-    of_all, of_version = all, version
-    return all
+    return of_all
 end
 
 -- The list for a service; for nil, while nobody knows the service, all that any may have.

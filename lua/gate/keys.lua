@@ -263,11 +263,12 @@ end
 
 --- Whether the sender of a request may use a service just now, and count the request on his key:
 --- true, or nil with a code and facts. To be asked once, before anything is started or counted.
-function _M.authorise(var, service)
+--- `known` is the entry of his key if `identify` has given it for this request.
+function _M.authorise(var, service, known)
     if service.public then
         return open(var)
     end
-    local entry = who(var)
+    local entry = known or who(var)
     if not entry then
         return refuse(nil, "unauthorized", service)
     end

@@ -31,7 +31,7 @@ local cast, text_at = ffi.cast, ffi.string
 local max, min = math.max, math.min
 
 local PIECE = 65536  -- memory of more at once is given back each time, and costs page faults
-local TURN_S = 0.004 -- of work before others get their turn
+local TURN_S = 0.0015 -- of work before others get their turn: a small request needs several
 -- Debian's nginx warns of each sleep of nothing. One of a millisecond is at once over on a worker
 -- with other work, because nginx counts it from the beginning of our turn.
 local PAUSE_S = 0.001

@@ -23,12 +23,12 @@ function _M.guarded(service)
     return keys.required() or cors.configured(service)
 end
 
---- Whether the sender may use a service: true, or nil with a code and facts. Answers preflights
---- itself, and does not return then.
-function _M.check(var, service)
+--- Whether the sender may use a service: true, or nil with a code and facts. `key` is the sender's
+--- if that was found before. Answers preflights itself, and does not return then.
+function _M.check(var, service, key)
     cors.check(var, service)
     if keys.required() then
-        return keys.authorise(var, service)
+        return keys.authorise(var, service, key)
     end
     return true
 end
@@ -122,8 +122,8 @@ local function rename(var, name, found)
 end
 
 -- The target of a request whose service is known by its model, if it may go there.
-local function to_service(var, service, path, found)
-    local ok, code, facts = _M.check(var, service)
+local function to_service(var, service, path, found, key)
+    local ok, code, facts = _M.check(var, service, key)
     if not ok then
         if code == "unauthorized" then
             facts.service = nil -- guessing names shall not pay
@@ -165,7 +165,7 @@ local function by_model(var, path)
         service = registry.by_model(name)
     end
     if service then
-        return to_service(var, service, path, found)
+        return to_service(var, service, path, found, key)
     elseif not registry.complete() then
         return nil
     elseif keys.required() and not key then
