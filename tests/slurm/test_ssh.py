@@ -522,6 +522,14 @@ def test_no_logins_for_now_means_away(remotes, tmp_path):
         assert "it said: maintenance" in away(remotes, sshd.ssh)
 
 
+def test_a_login_that_ended_before_it_read_the_command_is_heard_as_well(remotes, tmp_path):
+    with (
+        host(tmp_path / "login", config="ForceCommand echo maintenance; exit 254") as sshd,
+        pytest.raises(HostAway, match="it said: maintenance"),
+    ):
+        remotes.run(sshd.ssh, "true " + "x" * (8 << 20), timeout=9)
+
+
 def test_paramiko_says_nothing_in_the_log(remotes, login, tmp_path, caplog):
     caplog.set_level("DEBUG")
     make_key(tmp_path / "other")

@@ -144,8 +144,7 @@ class Connection:
         try:
             with self._limit(end):
                 channel.settimeout(timeout + GRACE)
-                channel.sendall(task.framed.stdin)
-                channel.shutdown_write()
+                _send(channel, task.framed.stdin)
                 self._read(channel, channel.recv, out, end)
                 self._read(channel, channel.recv_stderr, err, end)
                 exit_code = None if out.ended else self._exit_code(channel)
@@ -200,6 +199,18 @@ class Connection:
         finally:
             watchdog.cancel()
             watchdog.join(_JOIN)
+
+
+def _send(channel: paramiko.Channel, script: bytes) -> None:
+    """Send all of a script. What ended without reading it may have said why: no error then."""
+    try:
+        channel.sendall(script)
+        channel.shutdown_write()
+    except TimeoutError:
+        raise
+    except OSError:
+        if not channel.closed:
+            raise
 
 
 def _close(channel: paramiko.Channel) -> None:
