@@ -83,9 +83,10 @@ def until_waiting(backend: FakeBackend, number: int) -> None:
     wait_until(lambda: waiting(backend) == number, f"{number} wait")
 
 
-def until_told_twice(backend: FakeBackend) -> None:
+def until_confirmed(backend: FakeBackend) -> None:
+    """Wait for as many calls as an unknown route may wait for, and then some: it has its place."""
     told = len(backend.notes)
-    wait_until(lambda: len(backend.notes) > told + 1, "two calls later")
+    wait_until(lambda: len(backend.notes) > told + 4, "calls later")
 
 
 class Client:
@@ -228,8 +229,7 @@ def test_the_order_is_kept_through_a_cold_start(
         paths = [f"/{number}" for number in range(len(waiters))]
         for client, path in zip(waiters, paths, strict=True):
             client.ask(path)
-            # The tick that calls comes after the requests that were there before.
-            until_told_twice(backend)
+            until_confirmed(backend)
     echo.take_s = 0.25  # many ticks, of a busy machine too
     publish(backend, echo)
     assert [client.status() for client in waiters] == [200] * len(waiters)
