@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import signal
 import socket
 import socketserver
@@ -39,10 +40,12 @@ def wait_until(condition: Callable[[], Any], what: str, seconds: float = DEADLIN
 
 
 def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
+    """A port nobody listens on, out of those that connections do not get by themselves."""
+    while True:
+        port = 10_000 + secrets.randbelow(10_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 class _UnixServer(socketserver.ThreadingUnixStreamServer):
