@@ -3,9 +3,11 @@
 
 local cjson = require "cjson.safe"
 
+local json = require "gate.json"
 local shapes = require "gate.shapes"
 
 local ceil = math.ceil
+local encode = json.encode
 local find = string.find
 local format = string.format
 local ipairs = ipairs
@@ -13,8 +15,8 @@ local type = type
 
 local NOT_A_STREAM = "The service answered no event stream."
 -- Of its own, because others may read numbers that JSON does not have.
-local json = cjson.new()
-json.decode_invalid_numbers(false)
+local strict = cjson.new()
+strict.decode_invalid_numbers(false)
 
 local _M = {}
 
@@ -88,7 +90,7 @@ end
 
 -- What an answer says about an error, in any of the shapes there are
 local function understand(body)
-    local parsed = table_of(json.decode(body))
+    local parsed = table_of(strict.decode(body))
     local inner = table_of(parsed.error)
     local kind = text_of(parsed.type) or ""
     return {
@@ -101,14 +103,10 @@ end
 
 -- JSON stays as it is, on one line: line ends within it can only stand between its parts.
 local function embed(body)
-    if body ~= "" and json.decode(body) ~= nil then
+    if body ~= "" and strict.decode(body) ~= nil then
         return (body:gsub("%c+", " "))
     end
-    return json.encode(body)
-end
-
-local function encode(value)
-    return (json.encode(value):gsub("\\/", "/"))
+    return encode(body)
 end
 
 local function optional(value)

@@ -6,6 +6,7 @@ local cjson = require "cjson.safe"
 
 local body_file = require "gate.body_file"
 local clock = require "gate.clock"
+local json = require "gate.json"
 local settings = require "gate.settings"
 
 local concat = table.concat
@@ -63,7 +64,7 @@ local function pack(var)
         end
     end
     var.sg_ticket = ""
-    return (cjson.encode(state):gsub("\\/", "/"))
+    return json.encode(state)
 end
 
 local function connect()
@@ -110,17 +111,7 @@ local function add(lines, name, value)
     end
 end
 
--- Names that the Connection header says are of this connection only
-local function named()
-    local names, value = {}, ngx.req.get_headers(0)["connection"]
-    for name in (type(value) == "table" and concat(value, ",") or value or ""):gmatch("[^,%s]+") do
-        names[name:lower()] = true
-    end
-    return names
-end
-
 local function head_of(var, length)
-    local skipped = named()
     local lines = {
         var.request_method .. " " .. var.request_uri .. " HTTP/1.1", "Host: " .. var.sg_host,
         "Connection: close", "Expect: 100-continue",
@@ -132,8 +123,8 @@ local function head_of(var, length)
         lines[#lines + 1] = "Content-Length: " .. length
     end
     for name, value in pairs(ngx.req.get_headers(0, true)) do
-        local lower = name:lower()
-        if not NOT_PASSED[lower] and not skipped[lower] then
+        -- What Connection names was taken away when the request came.
+        if not NOT_PASSED[name:lower()] then
             add(lines, name, value)
         end
     end

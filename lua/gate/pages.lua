@@ -10,6 +10,7 @@ local semaphore = require "ngx.semaphore"
 local activity = require "gate.activity"
 local clock = require "gate.clock"
 local http = require "gate.http"
+local json = require "gate.json"
 local notifier = require "gate.notifier"
 local problem = require "gate.problem"
 local registry = require "gate.registry"
@@ -18,6 +19,7 @@ local settings = require "gate.settings"
 local store = require "gate.store"
 
 local concat = table.concat
+local encode = json.encode
 local format = string.format
 local ipairs = ipairs
 local sleep = ngx.sleep
@@ -148,10 +150,6 @@ local function backend_page(var)
     local line_end = text:find("\n", 1, true)
     local status, content_type = text:sub(1, line_end - 1):match("^(%d+) (.*)$")
     return answer(tonumber(status), content_type, text:sub(line_end + 1))
-end
-
-local function encode(value)
-    return (cjson.encode(value):gsub("\\/", "/"))
 end
 
 local function reading(var)

@@ -16,16 +16,16 @@
 -- one found. May yield. The length in the header follows; what is replayed later is the new body.
 -- Not to be called twice with the same `found`.
 
-local cjson = require "cjson.safe"
 local ffi = require "ffi"
 
 local body_file = require "gate.body_file"
 local clock = require "gate.clock"
+local json = require "gate.json"
 local multipart = require "gate.multipart"
 local scanner = require "gate.scanner"
 
 local C = ffi.C
-local gsub, lower, sub = string.gsub, string.lower, string.sub
+local lower, sub = string.lower, string.sub
 local append = ngx.req.append_body
 local cast, text_at = ffi.cast, ffi.string
 local max, min = math.max, math.min
@@ -193,7 +193,7 @@ end
 --- See the top.
 function _M.rename(found, name)
     if not found.form then
-        name = gsub(cjson.encode(name), "\\/", "/")
+        name = json.encode(name)
     end
     local text = ngx.req.get_body_data()
     if not text then

@@ -3,6 +3,8 @@
 
 local cjson = require "cjson.safe"
 
+local json = require "gate.json"
+
 local find = string.find
 local format = string.format
 
@@ -81,8 +83,7 @@ local SHAPES = { openai = openai, anthropic = anthropic }
 --- where there is one param, service, state, reason, log, retry_after_s.
 function _M.render(shape, problem)
     local make = SHAPES[shape]
-    -- The encoder puts a backslash before each slash, which JSON allows and people stumble over.
-    local text = cjson.encode((make or plain)(problem)):gsub("\\/", "/") .. "\n"
+    local text = json.encode((make or plain)(problem)) .. "\n"
     return text, make and "application/json" or "application/problem+json"
 end
 

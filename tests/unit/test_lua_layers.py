@@ -24,10 +24,10 @@ LAYERS = (
     {"shapes", "store", "settings"},
     {"scanner", "multipart"},
     {"json_text"},
-    {"clock", "client", "flows", "hops", "grammar", "body_file"},
+    {"clock", "client", "flows", "hops", "grammar", "body_file", "json"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-PURE = ("router", "picker", "prefer", "queue", "shapes", "events")
+PURE = ("router", "picker", "prefer", "queue", "shapes", "events", "json")
 
 COMMENT = re.compile(r"--\[(=*)\[.*?\]\1\]|--[^\n]*", re.DOTALL)
 REQUIRE = re.compile(r"""\brequire\b\s*\(?\s*(?:"([^"]*)"|'([^']*)'|(\S+))""")
