@@ -8,7 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -74,8 +74,9 @@ def worker_of(gate: Gate, port: int) -> int:
             inodes.add(f"socket:[{fields[9]}]")
     for pid in gate.workers():
         for link in Path(f"/proc/{pid}/fd").iterdir():
-            if str(link.readlink()) in inodes:
-                return pid
+            with suppress(OSError):  # one that was closed since
+                if str(link.readlink()) in inodes:
+                    return pid
     return 0
 
 
