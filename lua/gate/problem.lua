@@ -4,6 +4,7 @@
 local shapes = require "gate.shapes"
 
 local ceil = math.ceil
+local floor = math.floor
 local max = math.max
 local min = math.min
 local pairs = pairs
@@ -92,14 +93,14 @@ function _M.code_of(status)
 end
 
 --- Seconds for the Retry-After of a code: what the client is told (at most 60), and the true
---- estimate.
+--- estimate, to the millisecond.
 function _M.retry_after(code, estimate)
     local entry = CODES[code]
     if not entry.retry then
         return nil
     end
     local true_value = entry.retry == "estimate" and (estimate or entry.default) or entry.retry
-    return min(RETRY_LIMIT, max(1, ceil(true_value))), true_value
+    return min(RETRY_LIMIT, max(1, ceil(true_value))), floor(true_value * 1000 + 0.5) / 1000
 end
 
 --- Status, headers and body of a problem. `facts`: detail, param, service, state, reason, log,

@@ -27,6 +27,7 @@ describe("a problem", function()
     it("says Retry-After of at least 1, in whole seconds", function()
         assert.are.equal(1, (problem.retry_after("start-failed", 0.2)))
         assert.are.equal(3, (problem.retry_after("start-failed", 2.1)))
+        assert.are.equal(59.988, select(2, problem.retry_after("too-many-requests", 59.98787)))
     end)
 
     it("is a line of JSON with plain slashes", function()
