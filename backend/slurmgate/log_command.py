@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from urllib.parse import quote
 
 from slurmgate import client
 from slurmgate.errors import SlurmgateError, StateError
+from slurmgate.launchers import logs
 from slurmgate.model import LauncherKind
 from slurmgate.state import StateDir, safe_name
 
@@ -42,8 +44,7 @@ def run_logs(args: argparse.Namespace) -> int:
         )
     newest = seen[-1]
     with newest.open("rb") as file:
-        lines = file.read().splitlines(keepends=True)
-        _show(b"".join(lines[-args.n :] if args.n > 0 else []))
+        _show(b"".join(line + b"\n" for line in logs.last_lines(file, args.n)))
         if args.f:
             _follow(file, folder, set(seen))
     return 0
@@ -106,6 +107,7 @@ def _follow(file: BinaryIO, folder: Path, seen: set[Path]) -> None:
     with contextlib.ExitStack() as stack:
         while True:
             fresh = [path for path in _logs(folder) if path not in seen]
+            _rewind(file)
             _show(file.read())  # after the look for newer ones: this one may just have ended
             for path in fresh:
                 seen.add(path)
@@ -114,6 +116,12 @@ def _follow(file: BinaryIO, folder: Path, seen: set[Path]) -> None:
                 file = stack.enter_context(path.open("rb"))
                 _show(file.read())
             time.sleep(LOOK_EVERY)
+
+
+def _rewind(file: BinaryIO) -> None:
+    """Go on at the beginning of a log that was cut because it had become too long."""
+    if os.fstat(file.fileno()).st_size < file.tell():
+        file.seek(0)
 
 
 def _show(output: bytes) -> None:

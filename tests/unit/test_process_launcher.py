@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import queue
 import random
@@ -23,6 +24,7 @@ import pytest
 from slurmgate import procfs
 from slurmgate.errors import StartRefused
 from slurmgate.launchers import spawn
+from slurmgate.launchers.log_keeper import LogKeeper
 from slurmgate.launchers.process import ProcessLauncher, end_process_replicas
 from slurmgate.model import End, Exit, LauncherKind, ReplicaBounds, ServiceSpec
 from slurmgate.ports import Adoption
@@ -710,6 +712,16 @@ def test_only_the_newest_logs_of_a_service_are_kept(machine):
     names = {path.stem for path in folder.iterdir()}
     assert names == {"live", "new"} | {f"old{i}" for i in range(11, 30)}
     assert re.fullmatch(r"\d+", running.job_id)
+
+
+def test_the_launcher_has_the_logs_of_what_runs_bounded(monkeypatch, machine):
+    keeper = functools.partial(LogKeeper, limit=1000, every=0.01)
+    monkeypatch.setattr("slurmgate.launchers.process.LogKeeper", keeper)
+    launcher = machine.fresh()
+    launcher.launch(machine.script("seq 1000; sleep 1000"), "a1")
+    log = machine.state.log_file("Echo service", "a1")
+    until(lambda: log.with_name("a1.log.1").exists() and log.stat().st_size <= 1000)
+    assert launcher.log_tail("a1", 1) == ["1000"]
 
 
 # errors of the machine

@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -102,6 +103,26 @@ def service(
 
 def own_output(host: LoginHost) -> str:
     return f"--output={host.home}/.slurmgate/logs/slurmgate-%j.log"
+
+
+def test_a_submission_removes_logs_that_nothing_was_written_to_for_long(host: LoginHost) -> None:
+    folder = host.home / ".slurmgate/logs"
+    (folder / "mine").mkdir(parents=True)
+    ages = {
+        "slurmgate-1.log": 32,
+        "slurmgate-2.log": 29,
+        "other.log": 99,
+        "mine/slurmgate-3.log": 99,
+    }
+    for name, days in ages.items():
+        (folder / name).touch()
+        written = time.time() - days * 86400
+        os.utime(folder / name, (written, written))
+    host.submit(service(sbatch_args=("--output=elsewhere",)))
+    assert (folder / "slurmgate-1.log").exists()
+    host.submit(service())
+    left = {str(path.relative_to(folder)) for path in folder.rglob("*.log")}
+    assert left == set(ages) - {"slurmgate-1.log"}
 
 
 def test_a_submission_names_the_job_and_passes_the_port(host: LoginHost) -> None:

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from slurmgate.launchers import logs
 from tests.up.product import ROOT
 from tests.waiting import until
 
@@ -48,6 +49,28 @@ def test_logs_can_be_followed(product):
         assert following.stdout is not None
         for _ in range(5):
             assert following.stdout.readline() == "tick\n"
+        following.terminate()
+    product.run("stop", "loud")
+
+
+def test_following_logs_goes_on_when_a_long_one_was_cut(product):
+    product.service("loud", product.script("loud.sh", "exec sleep 60"))
+    product.up()
+    product.run("start", "loud")
+    until(lambda: product.replicas())
+    (log,) = (product.state_dir / "logs/loud").iterdir()
+    argv = product.command("logs", "loud", "-f", "--state-dir", str(product.state_dir))
+    with (
+        log.open("a", buffering=1) as service,
+        subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as following,
+    ):
+        assert following.stdout is not None
+        service.write("a line before\n")
+        assert following.stdout.readline() == "a line before\n"
+        logs.bound(log, 0)
+        service.write("behind it\n")
+        assert following.stdout.readline() == "behind it\n"
+        assert product.run("logs", "loud", "-n", "2").stdout == "a line before\nbehind it\n"
         following.terminate()
     product.run("stop", "loud")
 

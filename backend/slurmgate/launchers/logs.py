@@ -1,22 +1,26 @@
-"""The log files of process replicas: reading their ends and throwing the oldest away.
+"""The log files of process replicas: reading their ends, bounding them, removing old ones.
 
-Keeps no state; callable from any thread.
+A replica writes to ``<replica>.log``; when that became too long, what it had is in
+``<replica>.log.1``. Keeps no state; callable from any thread.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
+import shutil
 from collections.abc import Container
 from pathlib import Path
+from typing import BinaryIO
 
 from slurmgate import upstream_keys
 
 _LOG = logging.getLogger(__name__)
 
 _BLOCK = 64 * 1024
-_MOST = 4 * 1024 * 1024  # never read more, however few line ends there are
+_MOST = 4 * 1024 * 1024  # never read more of a file, however few line ends there are
 _LINE_MAX = 2000
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f]")
@@ -24,14 +28,29 @@ _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f]")
 
 def tail(path: Path, lines: int, key: str | None = None) -> list[str]:
     """Give the last lines of a log as plain text without ``key``; empty without such a file."""
-    if lines <= 0:
-        return []
     try:
-        raw = upstream_keys.hide(_last_bytes(path, lines), key)
+        with path.open("rb") as file:
+            found = last_lines(file, lines, key)
     except FileNotFoundError:
         return []
-    found = raw.removesuffix(b"\n").split(b"\n") if raw else []
-    return [clean(line) for line in found[-lines:]]
+    return [clean(line) for line in found]
+
+
+def last_lines(file: BinaryIO, lines: int, key: str | None = None) -> list[bytes]:
+    """Give the last lines of an open log without their ends, and without ``key``.
+
+    The file is left at the end of what was read.
+    """
+    raw = upstream_keys.hide(_last_bytes(file, lines), key)
+    found = raw.removesuffix(b"\n").split(b"\n")[-lines:] if raw and lines > 0 else []
+    missing = lines - len(found)
+    if missing > 0:
+        with (
+            contextlib.suppress(FileNotFoundError),
+            _earlier(Path(file.name)).open("rb") as earlier,
+        ):
+            return last_lines(earlier, missing, key) + found
+    return found
 
 
 def clean(line: bytes) -> str:
@@ -46,6 +65,30 @@ def clean(line: bytes) -> str:
     return text if len(text) <= _LINE_MAX else text[: _LINE_MAX - 1] + "…"
 
 
+def bound(path: Path, limit: int) -> None:
+    """Move what a log has to where its earlier part is, if it has over ``limit`` bytes.
+
+    Its writer goes on in the same file, which is opened for appending. What it writes between the
+    copy and the cut is lost. If there is no room for the copy the log is cut all the same.
+    """
+    try:
+        if path.stat().st_size <= limit:
+            return
+    except FileNotFoundError:  # its folder was cleared by hand
+        return
+    earlier = _earlier(path)
+    try:
+        shutil.copy2(path, earlier)
+    except OSError as error:
+        _LOG.warning("%s is cut without keeping what it had: %s", path, error.strerror)
+        earlier.unlink(missing_ok=True)
+    os.truncate(path, 0)
+
+
+def _earlier(path: Path) -> Path:
+    return path.with_name(path.name + ".1")
+
+
 def prune(folder: Path, keep: int, spare: Container[str]) -> None:
     """Remove all but the newest ``keep`` logs of a service, never one of a replica in ``spare``."""
     logs = sorted(folder.glob("*.log"), key=_modified, reverse=True)
@@ -53,6 +96,7 @@ def prune(folder: Path, keep: int, spare: Container[str]) -> None:
         if path.stem not in spare:
             _LOG.debug("remove the old log %s", path)
             path.unlink(missing_ok=True)
+            _earlier(path).unlink(missing_ok=True)
 
 
 def _modified(path: Path) -> float:
@@ -62,16 +106,16 @@ def _modified(path: Path) -> float:
         return 0.0
 
 
-def _last_bytes(path: Path, lines: int) -> bytes:
+def _last_bytes(file: BinaryIO, lines: int) -> bytes:
     """Read back from the end until there are enough line ends."""
-    with path.open("rb") as file:
-        position = file.seek(0, os.SEEK_END)
-        blocks: list[bytes] = []
-        size = ends = 0
-        while position > 0 and ends <= lines and size < _MOST:
-            step = min(_BLOCK, position)
-            position = file.seek(position - step)
-            blocks.append(file.read(step))
-            size += step
-            ends += blocks[-1].count(b"\n")
+    end = position = file.seek(0, os.SEEK_END)
+    blocks: list[bytes] = []
+    size = ends = 0
+    while position > 0 and ends <= lines and size < _MOST:
+        step = min(_BLOCK, position)
+        position = file.seek(position - step)
+        blocks.append(file.read(step))
+        size += step
+        ends += blocks[-1].count(b"\n")
+    file.seek(end)
     return b"".join(reversed(blocks))

@@ -25,6 +25,7 @@ from pathlib import Path
 from slurmgate import procfs, upstream_keys
 from slurmgate.errors import StartRefused
 from slurmgate.launchers import local_port, logs, spawn
+from slurmgate.launchers.log_keeper import LogKeeper
 from slurmgate.launchers.watcher import Watcher
 from slurmgate.model import End, Exit, LauncherKind, Phase, ServiceSpec, Sighting, Stranger
 from slurmgate.ports import Adoption, Observer
@@ -70,6 +71,7 @@ class ProcessLauncher:
         self._keys: dict[str, str] = {}
         self._closing = False
         self._watcher = Watcher(self._ended)
+        self._log_keeper = LogKeeper(self._written_logs)
 
     def launch(self, spec: ServiceSpec, replica: str, avoid: Sequence[str] = ()) -> Sighting:
         """Start one replica; StartRefused, with nothing left behind, when that is impossible.
@@ -150,6 +152,7 @@ class ProcessLauncher:
                 if not self._changed.wait_for(lambda: not self._replicas, patience):
                     _LOG.warning("still running: replicas %s", ", ".join(self._replicas))
         self._watcher.close()
+        self._log_keeper.close()
 
     def _reserve(self, spec: ServiceSpec, replica: str) -> int:
         """Choose a port that nothing listens on and no other replica has, and keep it."""
@@ -206,6 +209,11 @@ class ProcessLauncher:
         _LOG.info("service %s: replica %s is process %d, port %d", spec.name, replica, pid, port)
         self._prune_logs(spec, log.parent)
         return _running(record, pid, time.monotonic())
+
+    def _written_logs(self) -> list[Path]:
+        with self._changed:
+            entries = list(self._replicas.values())
+        return [Path(e.record.log) for e in entries if e.record is not None and e.record.log]
 
     def _prune_logs(self, spec: ServiceSpec, folder: Path) -> None:
         with self._changed:

@@ -78,6 +78,8 @@ if ! printf '%s\n' "$sg_lines" |
   grep -Eq '(^|[[:space:]])(--out(p|pu|put)?([=[:space:]]|$)|-o)'; then
   if (umask 077; mkdir -p "$HOME/.slurmgate/logs"); then
     sg_output="--output=$HOME/.slurmgate/logs/slurmgate-%j.log"
+    find "$HOME/.slurmgate/logs" -maxdepth 1 -type f -name 'slurmgate-*.log' -mtime +30 \
+      -exec rm -f {} + 2>/dev/null
   fi
 fi
 """
@@ -137,8 +139,9 @@ def submit_script(
     """Shell text that submits one job; what it prints is for ``read_submission``.
 
     ``name`` is the job name of this replica. The script is looked at where it is: without an
-    output file of its own or in ``sbatch_args`` the job writes to ``~/.slurmgate/logs``. Nodes in
-    ``avoid`` are excluded beside those that the user excludes.
+    output file of its own or in ``sbatch_args`` the job writes to ``~/.slurmgate/logs``, where
+    files that nothing was written to for 30 days are removed. Nodes in ``avoid`` are excluded
+    beside those that the user excludes.
     """
     variables = [
         *spec.env,
