@@ -8,7 +8,7 @@
 -- replicas its requests are or were on.
 --
 -- nginx variables: sg_service, sg_use (1 while counted as use), sg_on (replica while counted
--- there), sg_off (replica of a try that failed), sg_waits_for (service, or - before it is known,
+-- there), sg_off (replica of a try that failed), sg_waits_for (service, or rooms.UNKNOWN before,
 -- while counted as waiting), sg_bytes (reserved for the body), sg_refused (service of a request the
 -- gate itself answered: then sg_service is empty).
 

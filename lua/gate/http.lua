@@ -12,6 +12,7 @@ local tonumber = tonumber
 local HEADER_LIMIT = 65536
 local KEEPALIVE_MS = 10000
 local POOL_SIZE = 8
+local LONGEST_MS = 2 ^ 31 - 1 -- what cosockets take; configured timeouts may be longer
 
 local _M = {}
 
@@ -20,7 +21,7 @@ local function arm(sock, deadline)
     if left <= 0 then
         return nil, "timeout"
     end
-    left = max(1, left)
+    left = min(LONGEST_MS, max(1, left))
     sock:settimeouts(left, left, left)
     return true
 end

@@ -25,7 +25,7 @@ local next = next
 local pairs = pairs
 local tonumber = tonumber
 
-local UNKNOWN = "-"        -- room of requests that came before any snapshot
+local UNKNOWN = "\1"       -- room of requests that came before any snapshot; no name has this
 local SHOWN = 32           -- tickets of a room that other workers see
 local SHOWN_FOR_S = 0.5    -- without being renewed: that long a dead worker may block the others
 local SHOW_AGAIN_S = 0.05

@@ -27,6 +27,42 @@ def test_a_request_to_a_cold_service_waits_and_is_answered(product):
     assert again.headers["X-Slurmgate-Waited"] == "0.000"
 
 
+def test_a_service_runs_as_soon_as_it_is_healthy_and_says_why_it_does_not(product):
+    product.probe(load=1)
+    product.up()
+    product.run("start", "probe")
+    told = []
+
+    def is_ready() -> bool:
+        told.append(product.info())
+        return told[-1]["state"] == "ready"
+
+    until(is_ready)
+    starting = [found for found in told if found["started"] and found["state"] == "waking"]
+    assert starting
+    assert not any(found["running"] for found in starting)
+    assert all(found["reason"] for found in starting)
+    assert (told[-1]["running"], told[-1]["reason"]) == (True, None)
+
+
+def test_a_service_named_like_a_word_of_ours_is_held_and_counted_as_any_other(product):
+    product.probe("-", load=0.5)
+    product.up()
+    assert product.get("/-/").status_code == 200
+
+    def counts() -> tuple[int, int, int]:
+        found = product.info("-")
+        return found["requests"], found["waiting"], found["in_flight"]
+
+    until(lambda: counts() == (1, 0, 0))
+
+
+def test_a_health_check_may_take_longer_than_a_socket_can_wait(product):
+    product.probe(health={"timeout": 10_000_000})
+    product.up()
+    assert product.get("/probe/").status_code == 200
+
+
 def test_300_parallel_cold_requests_start_one_process_and_are_all_answered(product):
     product.probe(load=0.5)
     product.up()

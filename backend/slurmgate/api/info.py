@@ -22,7 +22,8 @@ from slurmgate.ports import Clock
 from slurmgate.reload import Reloader
 from slurmgate.starts import cold_start_s
 
-RUNNING = frozenset({Phase.RUNNING, Phase.STARTING, Phase.READY, Phase.DRAINING})
+RUNNING = frozenset({Phase.READY, Phase.DRAINING})
+"""As in the original system: the job runs *and* has passed its health check."""
 
 
 def blueprint(
@@ -60,10 +61,14 @@ def blueprint(
         )
 
     @routes.get("/info/<path:name>")
-    @routes.get("/check_<path:name>")
     def one(name: str) -> Response:
         view = control.view
         return _json(service_info(view.find(name), view, clock(), private=_private()))
+
+    @routes.get("/check_<path:route>")
+    def check(route: str) -> Response:
+        view = control.view
+        return _json(service_info(view.routed(route), view, clock(), private=_private()))
 
     return routes
 
@@ -129,9 +134,14 @@ def _stops_in(service: Service, idle: float | None) -> float | None:
 
 def _reason(service: Service, now: float, *, private: bool) -> str | None:
     if private:
-        return snapshot.reason(service, now)
-    if service.failure is not None:
-        return service.failure.code
+        return snapshot.reason(service, now) or _stage(service)
+    return service.failure.code if service.failure is not None else _stage(service)
+
+
+def _stage(service: Service) -> str | None:
+    """Why a service that is started does not run, in a word; None when it does, or is cold."""
+    if any(r.phase in RUNNING for r in service.replicas):
+        return None
     if any(r.phase is Phase.PENDING for r in service.replicas):
         return "queued"
     return "starting" if any(r.phase in LAUNCHING for r in service.replicas) else None
