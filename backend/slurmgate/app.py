@@ -95,6 +95,7 @@ def serve(options: BackendOptions) -> int:
                 keyring,
                 (fresh, running),
             ),
+            admit=lambda fresh: _check_token(state, fresh),
             error=error,
         )
         reloader.start()
@@ -165,6 +166,14 @@ def _apply(
     control.configure(config)
     keyring.follow(config.keys_file)
     _keep(state, config, content)
+
+
+def _check_token(state: StateDir, config: Config) -> None:
+    """Refuse a configuration under which no admin call could be made any more."""
+    try:
+        state.admin_token(config.admin_token_file)
+    except StateError as error:
+        raise ConfigError([f"admin_token_file: {error}"]) from error
 
 
 def _guarded(

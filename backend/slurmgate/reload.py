@@ -27,7 +27,10 @@ ConfigError or OSError."""
 
 
 class Reloader:
-    """Holds the configuration in force, and what was wrong with the last one that was refused."""
+    """Holds the configuration in force, and what was wrong with the last one that was refused.
+
+    ``admit`` raises ConfigError for one that this machine cannot put in force, before any part is.
+    """
 
     def __init__(
         self,
@@ -35,12 +38,14 @@ class Reloader:
         apply: Callable[[Config, bytes], None],
         try_gate: GateChange,
         *,
+        admit: Callable[[Config], None] = lambda config: None,
         error: str | None = None,
     ) -> None:
         self.config = config
         self.error = error
         self.loaded_at = _now()
         self._apply = apply
+        self._admit = admit
         self._try_gate = try_gate
         self._lock = threading.Lock()
         self._closed = threading.Event()
@@ -84,6 +89,7 @@ class Reloader:
         running = self.config
         if fresh.instance != running.instance:
             notes.append("instance: takes effect at the next start of the backend")
+        self._admit(fresh)
         if fresh.gate != running.gate:
             commit = self._try_gate(fresh, running)
             notes += commit()

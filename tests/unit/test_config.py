@@ -614,6 +614,7 @@ def test_other_addresses_need_to_be_opened_on_purpose(folder: Path, listen: str)
         (gate(max_held_bytes=1), 'gate.max_held_bytes: "max_body" is larger'),
         (service() | {"admin_token_file": "t"}, "admin_token_file: "),
         (service() | {"appPort": [1]}, "appPort: is ignored"),
+        (service() | {"nginxPort": 8090}, "nginxPort: is ignored"),
     ],
 )
 def test_what_is_odd_but_usable_is_a_warning(folder: Path, document: object, line: str):

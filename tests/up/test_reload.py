@@ -46,6 +46,22 @@ def test_a_broken_file_is_refused_with_every_error_and_traffic_goes_on(product):
     assert product.status()["config"]["error"] is None
 
 
+def test_a_token_file_that_is_not_there_locks_nobody_out(product):
+    product.probe()
+    product.up()
+    product.expected.append("configuration refused")
+    product.top["admin_token_file"] = "token"
+    product.write_config()
+    refused = product.run("reload", check=False)
+    assert refused.returncode == 1
+    assert "admin_token_file: cannot read the admin token" in refused.stderr
+    assert product.post("/admin/management/enable").status_code == 200
+    (product.folder / "token").write_text("our-own\n")
+    (product.folder / "token").chmod(0o600)
+    product.run("reload")
+    assert product.post("/admin/management/enable").status_code == 401
+
+
 def test_a_changed_file_is_noticed_also_by_rename_and_by_signal(product):
     product.probe()
     product.up()

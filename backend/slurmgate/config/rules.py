@@ -56,6 +56,7 @@ _LARGEST_SIZE = 10**15
 _ORIGINAL = {
     "nginxFile": "is ignored: the nginx configuration is rendered by Slurmgate",
     "appPort": 'is ignored: "gate": {"listen": ...} says where the gate listens',
+    "nginxPort": 'is ignored: "gate": {"listen": ...} says where the gate listens',
 }
 _ONLY_SLURM = (
     "remote_host",
