@@ -69,7 +69,7 @@ class Disabled(SlurmgateError):
 class UnknownService(SlurmgateError):
     """No configured service has this name or route."""
 
-    reason = "no-such-service"
+    reason = "no-such-route"
     http_status = 404
 
 

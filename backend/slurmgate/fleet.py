@@ -58,11 +58,23 @@ class View:
     settled: bool = True
 
     def find(self, name: str) -> Service:
-        """Find a configured service by name or route; raise UnknownService."""
-        for service in self.services:
-            if not service.retired and name in (service.spec.name, service.spec.route_name):
-                return service
-        raise UnknownService(f"no service is called {name!r}; GET /info lists them")
+        """Find a configured service by name, else by route; raise UnknownService."""
+        found = self._first(lambda spec: spec.name == name)
+        if found is None:
+            return self.routed(name)
+        return found
+
+    def routed(self, route: str) -> Service:
+        """Find a configured service by route, else by name; raise UnknownService."""
+        found = self._first(lambda spec: spec.route_name == route)
+        if found is None:
+            found = self._first(lambda spec: spec.name == route)
+        if found is not None:
+            return found
+        raise UnknownService(f"no service is called {route!r}; GET /info lists them")
+
+    def _first(self, fits: Callable[[ServiceSpec], bool]) -> Service | None:
+        return next((s for s in self.services if not s.retired and fits(s.spec)), None)
 
     def wire(self, now: float) -> dict[str, Any]:
         """The whole snapshot as the gate gets it."""

@@ -37,6 +37,17 @@ def phases(fleet: Fleet) -> set[Phase]:
     return {r.phase for service in fleet.view().services for r in service.replicas}
 
 
+def test_a_route_that_is_the_name_of_another_service_leads_to_its_own():
+    fleet = Fleet("e", lambda: "r", NOW, enabled=True)
+    fleet.configure([spec(name="a", route_name="b"), spec(name="b", route_name="a")])
+    view = fleet.view()
+    for word in "ab":
+        assert view.find(word).spec.name == word
+        assert view.routed(word).spec.route_name == word
+    fleet.configure([spec(name="LLM", route_name="llm")])
+    assert fleet.view().find("llm").spec.name == fleet.view().routed("LLM").spec.name == "LLM"
+
+
 def test_of_many_that_only_serve_each_is_looked_at_within_ten_turns(fleet):
     assert phases(fleet) == {Phase.READY}
     later = NOW + 20  # idle for longer than their timeout

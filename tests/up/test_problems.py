@@ -114,6 +114,21 @@ def test_management_stays_off_over_a_restart(product):
     assert product.get("/probe/").status_code == 503
 
 
+def test_what_the_backend_refuses_is_named_as_the_gate_names_it(product):
+    product.probe()
+    product.up()
+    for path in ("/info/nothing", "/check_nothing"):
+        unknown = product.get(path)
+        assert (unknown.status_code, unknown.json()["type"].rpartition("/")[2]) == (
+            404,
+            "no-such-route",
+        )
+    product.run("disable")
+    refused = product.post("/demand_probe")
+    assert (refused.status_code, refused.json()["type"].rpartition("/")[2]) == (503, "disabled")
+    assert 1 <= int(refused.headers["Retry-After"]) <= 60
+
+
 def test_demand_starts_a_service_without_a_request_to_it(product):
     product.probe()
     product.up()

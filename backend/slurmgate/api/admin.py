@@ -48,10 +48,13 @@ def blueprint(
         return done(loaded_at=reloader.loaded_at, notes=notes)
 
     @routes.post("/admin/services/<path:name>/start")
-    @routes.post("/demand_<path:name>")
     def start(name: str) -> Response:
         control.start_service(name)
         return done(service=name)
+
+    @routes.post("/demand_<path:route>")
+    def demand(route: str) -> Response:
+        return start(control.view.routed(route).spec.name)
 
     @routes.post("/admin/services/<path:name>/stop")
     def stop(name: str) -> Response:

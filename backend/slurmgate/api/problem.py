@@ -13,6 +13,7 @@ from slurmgate.errors import ConfigError, SlurmgateError
 log = logging.getLogger(__name__)
 
 TYPE = "https://slurmgate.dev/problems/"
+LATER = "60"  # as the gate says it of what no repetition helps
 
 
 def problem(code: str, status: int, detail: str, **more: object) -> Response:
@@ -36,8 +37,8 @@ def register(app: Flask) -> None:
         answer = problem(error.reason, error.http_status, str(error), **more)
         if error.http_status == 401:
             answer.headers["WWW-Authenticate"] = 'Bearer realm="slurmgate"'
-        if error.retryable:
-            answer.headers["Retry-After"] = "1"
+        if error.http_status == 503:
+            answer.headers["Retry-After"] = "1" if error.retryable else LATER
         return answer
 
     @app.errorhandler(HTTPException)
