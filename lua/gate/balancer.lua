@@ -112,8 +112,9 @@ function _M.admit(var, service)
         if replica then
             local n = activity.take_replica(var, replica)
             -- Counted first, version read second: with that order "version n, replica at zero"
-            -- proves to the backend that nobody can still reach the replica.
-            if store.version() == registry.version() then
+            -- proves to the backend that nobody can still reach the replica. It is the version of
+            -- the list that was chosen from: a request may have been read for long since.
+            if store.version() == service.version then
                 local full = not within_bound(service, replica)
                 if not full and within_pace(replica, n) then
                     if replica.key then

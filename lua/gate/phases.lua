@@ -18,6 +18,8 @@ local routing = require "gate.routing"
 local store = require "gate.store"
 
 local CLIENT_GONE = 499
+-- The same while its body was read: a service may say these too.
+local OF_BODIES = { [400] = true, [408] = true }
 
 local PAGES = {
     page = true, metrics = true, healthz = true, readyz = true, models = true, admin = true,
@@ -40,6 +42,13 @@ function _M.init_worker()
     duties.start()
 end
 
+-- Whether a body may still be on its way. nginx reads it before it connects, so a slot would be
+-- taken by whoever sends slowly.
+local function has_body(var)
+    return var.http_content_length or var.http_transfer_encoding
+        or (var.server_protocol == "HTTP/2.0" and var.request_method ~= "GET")
+end
+
 -- To a replica, or to the waiting room
 local function pass(var, target, query)
     local service = target.service
@@ -47,6 +56,13 @@ local function pass(var, target, query)
         routing.look_into(var)
     end
     activity.arrive(var, target, query)
+    if service.max_in_flight > 0 and has_body(var) then
+        ngx.req.read_body()
+        service = registry.find(service.name) -- there may be another snapshot since
+        if not service then
+            return problem.send("no-such-route", {})
+        end
+    end
     if not rooms.busy(service) and balancer.admit(var, service) then
         var.sg_tries = "1"
         var.sg_waited = "0.000"
@@ -169,13 +185,19 @@ function _M.backend_away()
     return problem.send("backend-away", {})
 end
 
+-- Whether a request that has ended was answered by the replica it is on.
+local function answered(var)
+    local status = ngx.status
+    return status ~= CLIENT_GONE and (not OF_BODIES[status] or var.upstream_status ~= nil)
+end
+
 --- A request has ended, however it did.
 function _M.log()
     flows.finish()
     local var = ngx.var
     rooms.forget(var)
     pages.forget(var)
-    rooms.advance(activity.release(var, ngx.status ~= CLIENT_GONE))
+    rooms.advance(activity.release(var, answered(var)))
 end
 
 return _M

@@ -94,9 +94,10 @@ local function compile_ring(service, before)
     return ring
 end
 
-local function compile_service(entry, known, at, before)
+local function compile_service(entry, known, at, of_version, before)
     local service = {
         name = entry.name, route = entry.route_name, retired = entry.retired == true,
+        version = of_version, -- of the snapshot its lists are of
         told_at = at, -- the moment its estimates are of
         api_prefixes = router.prefixes(entry.api_paths),
         no_wake = router.prefixes(value(entry.no_wake) or {}),
@@ -161,7 +162,8 @@ local function compile(new_version, snapshot, at)
         if entry.unknown == true and not entry.route_name then
             complete = false
         else
-            local service = compile_service(entry, known, at, known_services[entry.name])
+            local service = compile_service(
+                entry, known, at, new_version, known_services[entry.name])
             services[#services + 1] = service
             by_name[service.name] = service
             if not service.retired then

@@ -295,6 +295,37 @@ def test_requests_without_a_prompt_are_balanced(
     assert {replica_of(gate.get(BY_MODEL, "POST", empty)) for _ in range(50)} == everywhere
 
 
+def test_a_request_whose_body_takes_long_goes_to_no_replica_that_left_meanwhile(
+    gate: Gate, backend: FakeBackend, services: Services
+) -> None:
+    two = services.start(2)
+    serve(backend, gate, two, prefix_affinity=True)
+    bodies = [prompt(str(number)) for number in range(16)]
+    with ExitStack() as stack:
+        socks = []
+        for body in bodies:
+            sock = socket.create_connection(("127.0.0.1", gate.port), timeout=20)
+            socks.append(stack.enter_context(sock))
+            sock.sendall(
+                b"POST /llm/x HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"
+                b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(body)
+            )
+        for sock in socks:  # the body is about to be read, so its service is known
+            assert sock.recv(65536).startswith(b"HTTP/1.1 100 ")
+        leaving = two[1].entry(phase="draining", routable=False)
+        backend.publish(
+            service(state="ready", prefix_affinity=True, replicas=[two[0].entry(), leaving])
+        )
+        wait_until(lambda: backend.notes[-1]["snapshot"] == backend.version, "stored")
+        wait_until(lambda: backend.replica_note("r2")["in_flight"] == 0, "proven unreachable")
+        for sock, body in zip(socks, bodies, strict=True):
+            sock.sendall(body)
+        for sock in socks:
+            assert sock.recv(65536).startswith(b"HTTP/1.1 200 ")
+    assert two[1].seen == []
+    assert len(two[0].seen) == len(bodies)
+
+
 # Replicas that fail -------------------------------------------------------------------------
 
 
@@ -408,6 +439,25 @@ def test_a_health_path_that_times_out_under_full_load_changes_nothing(
             assert seen <= {"up"}
     assert {answer.status for answer in load.answers} == {200}
     wait_until(lambda: {health_of(backend, one.name) for one in some} == {"down"}, "all down")
+
+
+def test_clients_that_break_off_their_bodies_do_not_keep_a_mute_replica_up(
+    gate: Gate, backend: FakeBackend, services: Services
+) -> None:
+    [one] = services.start(1)
+    serve(backend, gate, [one], health=QUICK)
+    wait_until(lambda: backend.replica_note("r1")["health"] == "up", "up")
+    one.health = "mute"
+
+    def down() -> bool:
+        with socket.create_connection(("127.0.0.1", gate.port), timeout=20) as sock:
+            sock.sendall(b"POST /llm/x HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\nx")
+            wait_until(lambda: backend.replica_note("r1")["in_flight"] == 1, "sent")
+        wait_until(lambda: backend.replica_note("r1")["in_flight"] == 0, "broken off")
+        return bool(backend.replica_note("r1")["health"] == "down")
+
+    wait_until(down, "down")
+    assert one.seen == []
 
 
 def test_a_long_answer_keeps_its_replica_up_although_its_health_path_is_mute(

@@ -400,3 +400,22 @@ def test_as_many_wait_for_a_slot_as_may(
     assert b"too-many-waiting" in others[2].answer()
     echo.release.set()
     assert [client.status() for client in others[:2]] == [200, 200]
+
+
+def test_a_client_that_sends_its_body_slowly_takes_no_slot(
+    gate: Gate, backend: FakeBackend, echo: Slots, ready: None, clients: Clients
+) -> None:
+    publish(backend, echo)
+    wait_until(lambda: backend.notes[-1]["snapshot"] == backend.version, "told")
+    with socket.create_connection(("127.0.0.1", gate.port), timeout=20) as slow:
+        slow.sendall(
+            b"POST /llm/slow HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\n"
+            b"Expect: 100-continue\r\nConnection: close\r\n\r\n"
+        )
+        assert slow.recv(100).startswith(b"HTTP/1.1 100 ")
+        other = clients.one()
+        other.ask("/x", "Prefer: wait=1\r\n")
+        assert other.status() == 200
+        slow.sendall(b"body")
+        assert slow.recv(100).startswith(b"HTTP/1.1 200 ")
+    assert echo.seen == ["/x", "/slow"]
