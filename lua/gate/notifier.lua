@@ -138,11 +138,13 @@ local function take_snapshot(down, body, basis)
     end_leases(down.services, clock.now())
     local text = keep_unknown(down) or body
     local name = format("%s:%d", down.version.epoch, down.version.n)
-    if store.put_snapshot(basis, name, text, clock.now()) then
+    local ok, err = store.put_snapshot(basis, name, text, clock.now())
+    if ok then
         registry.refresh()
         on_change()
         asked_again = asked_again or recent("seen:hurry", last_call) or any_draining()
     end
+    return ok ~= nil, err
 end
 
 -- The keys come first: nobody may see a service before it is known who may use it.
@@ -163,7 +165,7 @@ local function take(body, basis)
         asked_again = true
     end
     if listed then
-        take_snapshot(down, body, basis.snapshot)
+        return take_snapshot(down, body, basis.snapshot)
     end
     return true
 end

@@ -3,9 +3,12 @@
 -- sg_counts  numbers of requests, keyed by worker; a dict of its own, because an evicted count
 --            would come back as a negative one
 -- sg_state   the snapshot and its version, the workers' slots, what they show of their waiting
---            rooms, health, demand, leases
+--            rooms, health, demand, leases. The snapshot is read once by each worker: what nobody
+--            reads is the first to be evicted, and holds up the removal of all that expires after
+--            it, so nothing that is made anew all the time may be kept here
 -- sg_keys    the list of clients' keys; a dict of its own: an evicted list would open the gate
--- sg_rates   requests of each key in each second of the last minute
+-- sg_rates   requests of each key in each second of the last minute, growth of each replica's load
+--            in each window: only what expires
 -- sg_pages   half-second copies of the backend's pages, and how often each was fetched
 --
 -- A worker is known by its tag "pid.start time", so a recycled pid is never taken for a dead
@@ -72,6 +75,23 @@ local function alive(tag)
     return now_started == nil or (now_started == started and process_state ~= "Z")
 end
 
+local function lock()
+    for _ = 1, LOCK_TRIES do
+        if state:add("lock", my_tag) then
+            return true
+        end
+        local owner = state:get("lock")
+        -- Whoever adds the second key alone removes the dead owner's lock: two thieves would
+        -- otherwise remove each other's.
+        if owner and not alive(owner) and state:add("lock:" .. owner, my_tag) then
+            if state:get("lock") == owner then
+                state:delete("lock")
+            end
+        end
+    end
+    return nil, "lock: held by another worker"
+end
+
 --- Take the first free slot for this worker. The counts are visible to all from here on.
 function _M.join()
     local pid = ngx.worker.pid()
@@ -105,6 +125,18 @@ function _M.workers()
     return tags
 end
 
+-- Of several who find the same worker dead only one may free its slot: a new worker may have taken
+-- it since, and would never be counted.
+local function free_slot(slot, tag)
+    if not lock() then
+        return -- the next one who looks does it
+    end
+    if state:get("worker:" .. slot) == tag then
+        state:delete("worker:" .. slot)
+    end
+    state:delete("lock")
+end
+
 --- Forget the counts of workers that died without log phases, and free their slots.
 function _M.reap()
     for slot = 1, state:get("slots") or 0 do
@@ -116,7 +148,7 @@ function _M.reap()
                     counts:delete(key)
                 end
             end
-            state:delete("worker:" .. slot)
+            free_slot(slot, tag)
             ngx.log(ngx.NOTICE, "counts of dead worker ", tag, " removed")
         end
     end
@@ -240,44 +272,40 @@ local function newer(version, old)
     return epoch > old_epoch or (epoch == old_epoch and n > old_n)
 end
 
-local function lock()
-    for _ = 1, LOCK_TRIES do
-        if state:add("lock", my_tag) then
-            return true
-        end
-        local owner = state:get("lock")
-        -- Whoever adds the second key alone removes the dead owner's lock: two thieves would
-        -- otherwise remove each other's.
-        if owner and not alive(owner) and state:add("lock:" .. owner, my_tag) then
-            if state:get("lock") == owner then
-                state:delete("lock")
-            end
-        end
+-- Whether a snapshot takes the place of the stored one. Of one whose text was evicted the version
+-- is left, and workers that have it compiled; new workers must get it again.
+local function replaces(version, old, basis)
+    if old and not state:get("snap:" .. old) then
+        return version == old or newer(version, old)
     end
-    return nil, "lock: held by another worker"
+    return old == basis and newer(version, old)
 end
 
 --- Store a snapshot made from `basis` (the version seen before). A late answer never wins: it must
---- be newer than what is stored, and the stored one must still be the basis.
+--- be newer than what is stored, and the stored one must still be the basis. Returns true, false if
+--- it was overtaken, or nil and why it cannot be stored.
 function _M.put_snapshot(basis, version, text, now)
     local ok, err = lock()
     if not ok then
         return nil, err
     end
     local old = state:get("version")
-    if old ~= basis or not newer(version, old) then
+    if not replaces(version, old, basis) then
         state:delete("lock")
-        return nil, "put_snapshot: overtaken"
+        return false
     end
     ok, err = state:safe_set("snap:" .. version, format("%.3f\n", now) .. text)
     if ok then
         ok, err = state:safe_set("version", version)
     end
-    if ok and old then
+    if ok and old and old ~= version then
         state:delete("snap:" .. old)
     end
     state:delete("lock")
-    return ok, err and "put_snapshot: " .. err
+    if not ok then
+        return nil, "put_snapshot: " .. err
+    end
+    return true
 end
 
 -- Keys ---------------------------------------------------------------------------------------
@@ -373,12 +401,12 @@ end
 --- more.
 function _M.grow(replica, now, window)
     local key = "grow:" .. replica .. ":" .. floor(now / window)
-    return state:incr(key, 1, 0, 1) or 0
+    return rates:incr(key, 1, 0, 1) or 0
 end
 
 --- The same number as it stands.
 function _M.grown(replica, now, window)
-    return state:get("grow:" .. replica .. ":" .. floor(now / window)) or 0
+    return rates:get("grow:" .. replica .. ":" .. floor(now / window)) or 0
 end
 
 --- Forget demand that was noted before a point in time.
