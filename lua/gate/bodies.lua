@@ -31,12 +31,18 @@ local function reserve_what_is_left(var)
     return false
 end
 
+-- Whether the request may bring a body without having said how long it is. Over HTTP/2 nothing says
+-- so; there a GET has none as good as always, and what it brings after all is reserved afterwards.
+local function of_unknown_length(var)
+    return var.http_transfer_encoding
+        or (var.server_protocol == "HTTP/2.0" and var.request_method ~= "GET")
+end
+
 --- Read the body; an abort of the client is seen only by a location that begins after that. Returns
 --- whether it may be held.
 function _M.read(var)
     local length = tonumber(var.http_content_length)
-    local unknown = not length and var.request_method ~= "GET"
-        and (var.http_transfer_encoding or var.server_protocol == "HTTP/2.0")
+    local unknown = not length and of_unknown_length(var)
     local may = true
     if unknown then
         may = reserve_what_is_left(var)
@@ -47,7 +53,7 @@ function _M.read(var)
         return false
     end
     ngx.req.read_body()
-    if unknown then
+    if unknown or (not length and ngx.req.get_body_file()) then
         local taken = min(settings.max_body, tonumber(var.request_length))
         return activity.reserve(var, taken) <= settings.max_held_bytes
     end

@@ -30,7 +30,6 @@ local PIECE = 65536
 local HANDED = {
     "sg_service", "sg_uri", "sg_ticket", "sg_since", "sg_waited", "sg_tries", "sg_replays",
     "sg_sent_to", "sg_api", "sg_user", "sg_token", "sg_model", "sg_place", "sg_stream", "sg_origin",
-    "sg_path",
 }
 -- Of this connection, or set by the gate
 local NOT_PASSED = {

@@ -444,6 +444,21 @@ def test_held_bodies_are_bounded(gate: Gate, backend: FakeBackend, echo: EchoSer
     assert gate.get("/llm/x", "POST", b"x" * 1_000_001).code == "body-too-large"
 
 
+@pytest.mark.parametrize("method", [b"GET", b"HEAD"])
+def test_held_bodies_are_bounded_whatever_the_method(
+    gate: Gate, backend: FakeBackend, echo: EchoService, method: bytes
+) -> None:
+    backend.publish(service())
+    chunked = CHUNKED.replace(b"POST", method)
+    with ThreadPoolExecutor() as pool:
+        held = [pool.submit(gate.raw, chunked + chunk(b"x" * 900_000)) for _ in range(3)]
+        wait_until(lambda: waiting(backend) == 3, "three wait")
+        assert b" 429 " in gate.raw(chunked + chunk(b"x" * 900_000)).splitlines()[0]
+        backend.publish(service(state="ready", replicas=[replica(echo.port)]))
+        for one in held:
+            one.result()
+
+
 def test_bodies_of_unknown_length_take_turns_with_what_is_left(
     gate: Gate, backend: FakeBackend, echo: EchoService
 ) -> None:
