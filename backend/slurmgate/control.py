@@ -39,6 +39,7 @@ REST_TICK = 1.0
 GATE_WITHIN = 1.5
 GATE_LOOK = 0.05
 GATE_SILENT = 3.0
+STOOD_STILL = 5.0
 LOG_LINES = 20
 POOL_THREADS = 32
 ID_ALPHABET = "abcdefghjkmnpqrstuvwxyz23456789"
@@ -75,7 +76,7 @@ class Control:
         self._answers: list[Future[None]] = []
         self._reported = threading.Event()
         self._tick_every = BUSY_TICK
-        self._ticked = clock()
+        self._ticked = self._turned = clock()
         self.view: View = self._fleet.view()
 
     # -- from any thread -------------------------------------------------------------------
@@ -91,6 +92,7 @@ class Control:
             for sighting in found.sightings:
                 self._fleet.adopt(kind, sighting, self._folder, self._clock())
             self._fleet.unlisted(found.unlisted)
+        self._turned = self._clock()
         self._turn(_nothing)
         self._thread.start()
 
@@ -144,7 +146,7 @@ class Control:
         service = self.view.find(name)
         if service.replicas:
             newest = max(service.replicas, key=lambda replica: replica.created_at)
-            return newest.id, self._launchers[service.spec.launcher].log_tail(newest.id, lines)
+            return newest.id, list(self._log_tail(newest.id, lines))
         failure = service.failure
         kept = service.last_output if failure is None else failure.log
         return None, list(kept[-lines:] if lines > 0 else ())
@@ -220,6 +222,7 @@ class Control:
     def _turn(self, event: Callable[[], None]) -> None:
         """Handle one event, decide, publish, start the work, and only then answer who asked."""
         self._answers = []
+        self._notice_standstill()
         try:
             event()
             self._tick()
@@ -235,6 +238,13 @@ class Control:
             log.exception("the control loop met an error of its own; it goes on")
         for done in self._answers:
             done.set_result(None)
+
+    def _notice_standstill(self) -> None:
+        """Who was stopped, or waited for somebody to read its log, has heard no gate meanwhile."""
+        began, self._turned = self._turned, self._clock()
+        if self._turned - began > STOOD_STILL:
+            log.warning("this backend stood still for %.0f s", self._turned - began)
+            self._fleet.stood_still(self._turned - began)
 
     def _tick(self) -> None:
         """Now and then look at what only time has changed."""
@@ -260,11 +270,11 @@ class Control:
         log.info("service %s replica %s: %s (was %s)", name, replica, end.reason, phase.value)
 
         def with_log() -> None:
-            lines = self._log_tail(kind, replica)
+            lines = self._log_tail(replica)
             self._change(name, lambda s, now: events.ended(s, replica, end, lines, now))
 
         def log_later() -> None:
-            lines = self._log_tail(kind, replica)
+            lines = self._log_tail(replica)
             self._change(name, lambda s, now: events.last_output(s, end.reason, lines))
 
         expected = found.drain is not None or phase is Phase.STOPPING
@@ -297,7 +307,7 @@ class Control:
             case ReconnectReplica():
                 self._run(spec.launcher, lambda: self._reconnect(spec, replica))
             case _:
-                self._run(spec.launcher, lambda: self._stop(spec, replica))
+                self._run(spec.launcher, lambda: self._stop(replica))
 
     def _run(self, kind: LauncherKind, work: Callable[[], None]) -> None:
         def guarded() -> None:
@@ -318,7 +328,7 @@ class Control:
             self._launch_failed(spec, replica, error.reason, str(error))
         except Exception as error:
             log.exception("service %s replica %s: launching broke", spec.name, replica)
-            self._stop(spec, replica)
+            self._stop(replica)
             self._launch_failed(spec, replica, StartRefused.reason, f"internal error: {error!r}")
         else:
             self._change(spec.name, lambda s, now: events.launched(s, sighting, now))
@@ -326,20 +336,24 @@ class Control:
     def _launch_failed(self, spec: ServiceSpec, replica: str, code: str, why: str) -> None:
         self._change(spec.name, lambda s, now: events.launch_failed(s, replica, code, why, now))
 
-    def _stop(self, spec: ServiceSpec, replica: str) -> None:
-        self._launchers[spec.launcher].stop(replica)
+    def _stop(self, replica: str) -> None:
+        """Have whoever runs it end it: its service may have another launcher by now."""
+        for launcher in self._launchers.values():
+            launcher.stop(replica)
 
     def _reconnect(self, spec: ServiceSpec, replica: str) -> None:
         self._launchers[spec.launcher].reconnect(replica)
 
     def _last_words(self, spec: ServiceSpec, replica: str) -> None:
-        lines = self._log_tail(spec.launcher, replica)
-        hint = self._launchers[spec.launcher].explain(replica)
+        lines = self._log_tail(replica)
+        told = (launcher.explain(replica) for launcher in self._launchers.values())
+        hint = next((text for text in told if text is not None), None)
         self._change(spec.name, lambda s, now: events.last_words(s, replica, lines, now, hint))
-        self._stop(spec, replica)
+        self._stop(replica)
 
-    def _log_tail(self, kind: LauncherKind, replica: str) -> tuple[str, ...]:
-        return tuple(self._launchers[kind].log_tail(replica, LOG_LINES))
+    def _log_tail(self, replica: str, lines: int = LOG_LINES) -> tuple[str, ...]:
+        tails = (launcher.log_tail(replica, lines) for launcher in self._launchers.values())
+        return tuple(next((tail for tail in tails if tail), ()))
 
     def _change(self, name: str, fold: Callable[[Service, float], Service]) -> None:
         """Queue a change of one service."""

@@ -31,6 +31,7 @@ STEADY_AFTER = 60.0
 SETTLED_AFTER = 10.0
 SAME_MOMENT = 0.02
 PORTS_TRIED = 5
+SAME_END = 30.0
 LEFT = frozenset({Phase.FAILED, Phase.STOPPING})
 
 
@@ -51,6 +52,7 @@ def adopted(service: Service, sighting: Sighting, now: float) -> Service:
         endpoint=sighting.endpoint,
         closed_at=None if reached else 0,
         adopted=reached,
+        entrusted=True,
     )
     launches = service.launches
     if all(start.replica != fresh.id for start in service.recent):
@@ -65,7 +67,7 @@ def launched(service: Service, sighting: Sighting, now: float) -> Service:
     found = service.replica(sighting.replica)
     if found is None or found.phase is not Phase.SUBMITTED:
         return service
-    return seen(service, sighting, now)
+    return seen(with_replica(service, replace(found, entrusted=True)), sighting, now)
 
 
 def seen(service: Service, sighting: Sighting, now: float) -> Service:
@@ -105,13 +107,24 @@ def _told(replica: Replica, sighting: Sighting) -> Replica:
         port=sighting.port,
         job_id=sighting.job_id,
         node=sighting.node,
+        queued_at=sighting.queued_at,
         running_at=sighting.running_at,
         progress=sighting.reason,
         notice=sighting.notice,
         starts_at=sighting.starts_at,
-        ends_at=sighting.ends_at,
+        ends_at=_end(replica, sighting),
         api_key=sighting.api_key,
     )
+
+
+def _end(replica: Replica, sighting: Sighting) -> float | None:
+    """Give the end by its time limit. Slurm tells whole seconds that are left, and takes its time:
+    one a little later than known is no news, else a successor would come, go and come again.
+    """
+    known, told = replica.ends_at, sighting.ends_at
+    if known is None or told is None or sighting.gen != replica.gen:
+        return told
+    return known if 0 <= told - known < SAME_END else told
 
 
 def hopeless(service: Service, replica_id: str, refusal: Refusal) -> Service:
@@ -123,11 +136,17 @@ def hopeless(service: Service, replica_id: str, refusal: Refusal) -> Service:
 
 
 def launch_failed(service: Service, replica_id: str, code: str, reason: str, now: float) -> Service:
-    """A launch failed and left nothing running."""
+    """A launch failed and left nothing running: it is none of the starts of this hour."""
     found = service.replica(replica_id)
     if found is None:
         return service
-    return failed(without_replica(service, replica_id), found, code, reason, (), now)
+    launches = list(service.launches)
+    if found.created_at in launches:
+        launches.remove(found.created_at)
+    rest = replace(without_replica(service, replica_id), launches=tuple(launches))
+    if found.phase is Phase.STOPPING:  # it was kept from being submitted, as nobody wants it
+        return recorded(rest, start_of(service, found, Outcome.CANCELLED, found.reason, now))
+    return failed(rest, found, code, reason, (), now)
 
 
 def failed(

@@ -287,7 +287,8 @@ class Fleet:
         """Give a service that is new here what is known of its earlier starts."""
         for start in self._earlier.pop(service.spec.name, ()):
             service = recorded(service, start)
-        began = (s.ended - (s.queue_s or 0.0) - (s.start_s or 0.0) for s in service.recent)
+        ran = (s for s in service.recent if s.job_id is not None)  # the others left nothing
+        began = (s.ended - (s.queue_s or 0.0) - (s.start_s or 0.0) for s in ran)
         return replace(service, launches=tuple(began))
 
     def take_starts(self) -> list[Start]:
@@ -357,6 +358,10 @@ class Fleet:
                     changed = with_replica(changed, heard)
             if changed != service:  # of hundreds most are told of without news
                 self._set(name, changed)
+
+    def stood_still(self, seconds: float) -> None:
+        """For so long nobody could have been heard: it is no silence of the gate's."""
+        self._gate_seen += seconds
 
     def _gate_takes_over(self, gate: str) -> bool:
         """Another gate reports: counts of the former end with it, and it is never heard again."""

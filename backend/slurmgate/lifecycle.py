@@ -59,14 +59,15 @@ def _decide_replica(service: Service, replica: Replica, silent: float, now: floa
 
 
 def _decide_pending(service: Service, replica: Replica, now: float) -> Action | None:
-    if replica.phase is Phase.SUBMITTED:
+    if replica.phase is Phase.SUBMITTED and not replica.entrusted:
         return None
     spec = service.spec
     if service.retired or replica.drain is not None or scaling.changed(service, replica):
         return Stop(replica.id, "no longer wanted")
     if replica.hopeless is not None:
         return GiveUp(replica.id, replica.hopeless.reason)
-    if spec.queue_timeout and now - replica.created_at >= spec.queue_timeout:
+    since = replica.created_at if replica.queued_at is None else replica.queued_at
+    if spec.queue_timeout and now - since >= spec.queue_timeout:
         reason = f"still in the queue after {spec.queue_timeout:g} s (queue_timeout)"
         return GiveUp(replica.id, reason)
     if now - service.last_demand >= spec.abandon_timeout and not _expected(service, now):

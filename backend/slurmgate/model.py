@@ -255,8 +255,9 @@ class Sighting:
     ``phase`` is SUBMITTED (nobody knows whether the job exists), PENDING, RUNNING (it runs and
     cannot be reached yet) or STARTING (``endpoint`` is known). ``gen`` counts the places it has
     been at. ``reason`` says why it is no further, ``notice`` what else people should know.
-    ``starts_at`` is the scheduler's estimate, ``ends_at`` the end by its time limit. ``api_key`` is
-    what the gate has to show the replica.
+    ``queued_at`` is when it last came into the queue, where there is one; ``starts_at`` is the
+    scheduler's estimate, ``ends_at`` the end by its time limit. ``api_key`` is what the gate has to
+    show the replica.
     """
 
     replica: str
@@ -271,6 +272,7 @@ class Sighting:
     node: str | None = None
     reason: str | None = None
     notice: str | None = None
+    queued_at: float | None = None
     running_at: float | None = None
     starts_at: float | None = None
     ends_at: float | None = None

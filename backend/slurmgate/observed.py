@@ -50,9 +50,11 @@ class Replica:
     never been routable. ``acked`` and ``quiet`` are what the gate proved since it was closed:
     that no new request can reach it, and that none is left on it.
 
+    ``queued_at`` is when its job last came into the queue, maybe long after it was made.
     ``stopping_since`` is when it was first told to end, whatever that takes. ``progress`` and
     ``notice`` are its launcher's words; ``hopeless`` is why it will never serve.
-    ``adopted``: an earlier backend started it, and nobody has said yet how it does. ``api_key`` is
+    ``adopted``: an earlier backend started it, and nobody has said yet how it does. ``entrusted``:
+    its launch is over, so that its launcher can end it whatever is known of its job. ``api_key`` is
     what the gate has to show it.
     """
 
@@ -66,6 +68,7 @@ class Replica:
     endpoint: str | None = None
     job_id: str | None = None
     node: str | None = None
+    queued_at: float | None = None
     running_at: float | None = None
     ready_at: float | None = None
     health: Health = Health.UNKNOWN
@@ -80,6 +83,7 @@ class Replica:
     stopping_since: float | None = None
     reason: str | None = None
     adopted: bool = False
+    entrusted: bool = False
     hopeless: Refusal | None = None
     reconnected_at: float | None = None
     progress: str | None = None

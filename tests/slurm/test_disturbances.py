@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 
 import pytest
 
@@ -128,7 +129,7 @@ def test_the_time_limit_is_reached(own_product: ClusterProduct):
     own_product.up()
     pid = answered(own_product)
     (job,) = own_product.live()
-    own_product.lab.until_job(job.id, "TIMEOUT", 110)
+    own_product.lab.until_job(job.id, "TIMEOUT", 180)
     assert answered(own_product) != pid
     until(lambda: "time limit" in own_product.tail())
 
@@ -142,3 +143,48 @@ def test_a_job_that_dies_while_ready_is_started_anew_and_its_last_lines_are_logg
     assert product.get("/probe/die").status_code in (200, 502)
     assert answered(product) != pid
     until(lambda: any("probe on" in line for line in product.log), 30)
+
+
+def test_a_service_that_gets_another_launcher_has_its_job_cancelled(product: ClusterProduct):
+    product.job()
+    product.up()
+    answered(product)
+    assert len(product.live()) == 1
+    product.probe()
+    product.write_config()
+    product.run("reload")
+    until(lambda: product.live() == [], 60)
+    assert product.get("/probe/pid").status_code == 200
+
+
+def test_a_job_that_is_put_back_into_the_queue_and_held_is_given_up(product: ClusterProduct):
+    product.job(sbatch_args=["--requeue"])
+    product.up()
+    answered(product)
+    (job,) = product.live()
+    product.lab.run("scontrol", "requeuehold", job.id)
+    answer = ask(product).answer(60)
+    assert answer.status_code == 503, answer.text
+    assert answer.json()["type"].endswith("cannot-start")
+    until(lambda: job.id not in [j.id for j in product.live()], 30)
+
+
+@pytest.mark.timeout(200)
+def test_a_job_that_is_queued_again_may_wait_as_long_as_a_new_one(product: ClusterProduct):
+    node = product.lab.nodes[0]
+    args = ["--partition=low", f"--nodelist={node}", "--requeue"]
+    product.job(sbatch_args=args, queue_timeout=30)
+    product.up()
+    began = time.monotonic()
+    pid = answered(product)
+    until(lambda: time.monotonic() - began > 32, 60)
+    blocker = product.lab.sbatch(
+        "--partition=high", f"--nodelist={node}", "--exclusive", "--wrap=exec sleep 3600"
+    )
+    until(lambda: product.lab.until_job(blocker, "RUNNING"), 60)
+    waiting = ask(product)
+    until(lambda: waiting.done or product.replica()["state"] == "pending", 60)
+    product.lab.run("scancel", blocker)
+    answer = waiting.answer(100)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["pid"] != pid

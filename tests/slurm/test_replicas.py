@@ -201,6 +201,21 @@ def test_no_more_than_max_starts_per_hour_for_a_service_that_fails(product: Clus
     assert len(product.submitted()) == 2
 
 
+@pytest.mark.timeout(200)
+def test_while_the_login_host_is_away_nothing_is_started_that_counts(own_product: ClusterProduct):
+    own_product.job(max_starts_per_hour=2)
+    own_product.up()
+    own_product.lab.sshd.stop()
+
+    def tried_three_times() -> bool:
+        assert own_product.get("/probe/pid").status_code == 503
+        return sum("start failed" in line for line in own_product.log) >= 3
+
+    until(tried_three_times, 90)
+    own_product.lab.sshd.start()
+    until(lambda: own_product.get("/probe/pid").status_code == 200, 60)
+
+
 def test_no_more_than_max_pending_jobs_wait_in_the_queue(product: ClusterProduct):
     product.lab.fill()
     bounds = {"max": 3, "target_in_flight": 2}

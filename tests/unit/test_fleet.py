@@ -8,7 +8,7 @@ import pytest
 
 from slurmgate.fleet import Fleet, Report
 from slurmgate.model import Health, LauncherKind, Phase
-from slurmgate.observed import ReplicaReport, ServiceReport
+from slurmgate.observed import Outcome, ReplicaReport, ServiceReport, Start
 from tests.unit.builders import NOW, sighting, spec
 
 MANY = 300
@@ -84,3 +84,11 @@ def test_an_age_that_only_grew_is_no_news(fleet):
     assert fleet.view().find("s7") is before
     fleet.report(told(fleet, s7=ServiceReport(2, idle_s=0.0)), NOW + 4)
     assert fleet.view().find("s7").demand.last_use == NOW + 4
+
+
+@pytest.mark.parametrize(("job", "counted"), [("7", 1), (None, 0)])
+def test_of_the_starts_before_a_restart_those_that_never_were_a_job_do_not_count(job, counted):
+    made = Fleet("e", lambda: "new", NOW, enabled=True)
+    made.remember([Start("LLM", "r1", NOW - 60, Outcome.FAILED, job_id=job)])
+    made.configure([spec()])
+    assert len(made.view().services[0].launches) == counted

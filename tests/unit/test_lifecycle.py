@@ -379,6 +379,25 @@ def test_a_queue_timeout_ends_the_wait_in_the_queue():
     assert "queue_timeout" in given_up.reason
 
 
+@pytest.mark.parametrize(
+    "changes", [{}, {"retired": True}, {"demand": WAITING, "spec": spec(queue_timeout=60.0)}]
+)
+def test_what_waits_for_slurm_to_answer_is_given_up_like_what_waits_in_its_queue(changes):
+    found = replace(submitted(), **{"last_demand": NOW, "demand": Demand(), **changes})
+    assert decide(found, NOW, NOW + 60) == ()  # its launch is under way
+    silent = replace(PENDING, phase=Phase.SUBMITTED, created_at=NOW, reason="no answer")
+    known = events.launched(found, silent, NOW)
+    (action,) = decide(known, NOW, NOW + 60)
+    assert isinstance(action, Stop | GiveUp)
+
+
+def test_a_job_that_is_queued_again_may_wait_as_long_as_a_new_one():
+    served = service(replica(created_at=NOW - 7200), spec=spec(queue_timeout=60.0), demand=WAITING)
+    queued = events.seen(served, replace(PENDING, queued_at=NOW), NOW)
+    assert decide(queued, NOW, NOW + 59) == ()
+    assert [type(a) for a in decide(queued, NOW, NOW + 60)] == [GiveUp]
+
+
 def test_a_queued_job_is_cancelled_once_every_client_has_hung_up():
     waiting = events.launched(submitted(spec=spec(abandon_timeout=60.0)), PENDING, NOW)
     left = events.reported(waiting, ServiceReport(requests=1), NOW)

@@ -15,6 +15,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -402,6 +403,9 @@ class Life(RuleBasedStateMachine):
                 self.alive[replica] = running
                 self.event(lambda s: events.launched(s, running, self.now))
             case LaunchReplica():
+                known = self.service().replica(replica)
+                if known is not None:  # nothing was started
+                    self.launches.remove(known.created_at)
                 self.event(
                     lambda s: events.launch_failed(s, replica, "start-failed", "no", self.now)
                 )
@@ -604,5 +608,5 @@ class Life(RuleBasedStateMachine):
             gate.last_use = self.now
 
 
-TestLife = Life.TestCase
+TestLife = pytest.mark.timeout(600)(Life.TestCase)  # a slow machine takes minutes
 TestLife.settings = settings(max_examples=300, stateful_step_count=60, deadline=None)

@@ -287,6 +287,12 @@ def test_a_start_is_counted_when_it_begins():
     assert transitions.launching(found, "r2", NOW + HOUR).launches == (NOW + HOUR,)
 
 
+def test_a_launch_that_left_nothing_running_is_no_start():
+    both = transitions.launching(transitions.launching(several(), "r1", NOW), "r2", NOW)
+    failed = events.launch_failed(both, "r1", "cannot-start", "the login host is away", NOW + 9)
+    assert failed.launches == (NOW,)
+
+
 def test_no_more_jobs_in_the_queue_than_configured():
     queued = starting(id="r1", phase=Phase.PENDING, endpoint=None, running_at=None)
     found = several(queued, fields={"max_pending": 2})
@@ -423,6 +429,15 @@ def test_a_time_limit_that_was_raised_costs_the_successor_in_the_queue():
     found = several(ends("r1", 5000, in_flight=1), queued, high=1)
     assert Close("r1", Drain.SURPLUS) not in decide(found, NOW, NOW)
     assert Close("r2", Drain.SURPLUS) in decide(found, NOW, NOW)
+
+
+def test_a_successor_stays_though_the_time_that_is_left_is_told_in_whole_seconds_only():
+    found = several(ends("r1", 119.9), high=1)
+    queued = starting(id="r2", phase=Phase.PENDING, start_hash=found.spec.start_hash())
+    both = loaded(replace(found, replicas=(*found.replicas, queued)), NOW, in_flight=2)
+    r1 = found.replicas[0]
+    told = sighting("r1", running_at=r1.running_at, ends_at=NOW + 120.8)
+    assert decide(events.seen(both, told, NOW + 0.5), NOW + 0.5, NOW + 0.5) == ()
 
 
 @pytest.mark.parametrize("way", [Phase.PENDING, Phase.STARTING])

@@ -68,9 +68,10 @@ def test_a_changed_file_is_noticed_also_by_rename_and_by_signal(product):
     product.probe("second")
     product.write_config()
     until(lambda: product.get("/second/").status_code == 200)
+    before = until(product.loaded)
     product.top["watch"] = False
     product.write_config()
-    until(lambda: "configuration loaded" in "".join(product.log[-5:]))
+    until(lambda: product.loaded() > before)
     product.probe("third")
     product.write_config()
     assert product.process is not None
@@ -82,30 +83,40 @@ def test_a_removed_service_ends_its_requests_then_its_replica(product):
     product.probe()
     product.probe("other")
     product.up()
-    streaming = ask_in_background([f"{product.url}/probe/stream?n=20&s=0.1"])
+    streaming = ask_in_background([f"{product.url}/probe/stream?n=50&s=0.1"])
     until(lambda: product.info()["in_flight"] == 1)
     product.services = [s for s in product.services if s["name"] != "probe"]
     product.write_config()
     product.run("reload")
     until(lambda: product.get("/probe/").status_code == 404)
     answer = streaming.result()[0]
-    assert answer.body.decode().split() == [str(n) for n in range(20)]
+    assert answer.body.decode().split() == [str(n) for n in range(50)]
     until(lambda: product.replicas() == [])
 
 
 def test_changed_start_parameters_replace_the_replica_once_it_is_not_used(product):
     product.probe()
     product.up()
-    streaming = ask_in_background([f"{product.url}/probe/stream?n=20&s=0.1"])
+    streaming = ask_in_background([f"{product.url}/probe/stream?n=50&s=0.1"])
     until(lambda: product.info()["in_flight"] == 1)
     entry = product.probe()
     entry["env"]["PROBE_EXTRA"] = "1"
     product.write_config()
     product.run("reload")
-    assert streaming.result()[0].body.decode().split() == [str(n) for n in range(20)]
+    assert streaming.result()[0].body.decode().split() == [str(n) for n in range(50)]
     until(lambda: len(product.noted("start")) == 2)
     until(lambda: len(product.replicas()) == 1)
     assert product.get("/probe/").json()["pid"] == product.noted("start")[1]["pid"]
+
+
+def test_a_service_that_gets_another_launcher_leaves_nothing_running_with_the_one_before(product):
+    product.probe()
+    product.up()
+    product.get("/probe/")
+    product.probe(launcher="slurm")
+    product.write_config()
+    product.run("reload")
+    until(lambda: product.replicas() == [])
 
 
 def test_changed_limits_apply_at_once_without_a_restart(product):

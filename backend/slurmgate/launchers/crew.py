@@ -238,10 +238,11 @@ class Crew:
         post = self._posts[job.replica]
         if change.end is None:
             self._save(post, job)
-        for effect in change.effects:
-            self._act(post, job, effect)
+        # First of all where it is: that it will never serve is about the job as it is now.
         if change.end is None and post.told and not job.stopping:
             self._desk.observer.seen(posts.sighting(post, job))
+        for effect in change.effects:
+            self._act(post, job, effect)
         self.changed.notify_all()
 
     def _save(self, post: Post, job: Job) -> None:

@@ -126,7 +126,7 @@ def job_of(post: Post, at: Moment, submission_max: float) -> Job:
     job = Job(
         post.replica,
         Stage.QUEUED,
-        waiting_since=post.created,
+        waiting_since=now if known.gen and known.node is None else post.created,
         job_id=known.job_id,
         known_since=now,
         renewable=post.spec is not None,
@@ -185,6 +185,7 @@ def sighting(post: Post, job: Job) -> Sighting:
         node=job.node,
         reason=job.reason,
         notice=job.notice,
+        queued_at=job.waiting_since,
         running_at=job.running_at,
         starts_at=job.starts_at,
         ends_at=job.ends_at,
