@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # What the tests share asserts too, and its asserts should say as much as theirs.
 pytest.register_assert_rewrite(
@@ -16,5 +16,5 @@ pytest.register_assert_rewrite(
 )
 
 # Busy machines are slow: a test says what happens, not how long it takes.
-settings.register_profile("slurmgate", deadline=None)
+settings.register_profile("slurmgate", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("slurmgate")

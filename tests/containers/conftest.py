@@ -36,7 +36,7 @@ def stack(tmp_path_factory, cluster):
     folder = tmp_path_factory.mktemp("config")
     config = {
         "gate": {"listen": "0.0.0.0:8080", "open": True},
-        "Services": [service("teller"), service("slow", env={"LOAD_S": "3"})],
+        "Services": [service("teller"), service("slow", env={"LOAD_S": "10"})],
     }
     folder.chmod(0o755)
     with stacks.running(folder, config, cluster.keys, cluster.network.name) as made:

@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import re
-import secrets
 import signal
 import socket
 import socketserver
@@ -24,6 +23,7 @@ from typing import Any
 
 from slurmgate import nginx, share
 from slurmgate.model import GateSpec
+from tests.ports import free_port as free_port
 
 DEADLINE_S = 20.0
 
@@ -37,15 +37,6 @@ def wait_until(condition: Callable[[], Any], what: str, seconds: float = DEADLIN
             return value
         time.sleep(0.01)
     raise AssertionError(f"not within {seconds} s: {what}")
-
-
-def free_port() -> int:
-    """A port nobody listens on, out of those that connections do not get by themselves."""
-    while True:
-        port = 10_000 + secrets.randbelow(10_000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 class _UnixServer(socketserver.ThreadingUnixStreamServer):
@@ -191,11 +182,14 @@ class _TcpServer(socketserver.ThreadingTCPServer):
 
 
 class EchoService:
-    """A small service: health, echo of what arrived, slow, streamed and breaking answers."""
+    """A small service: health, echo of what arrived, slow, streamed and breaking answers; what is
+    asked of ``/until-told`` waits until ``go_on`` is set.
+    """
 
     def __init__(self) -> None:
         self.port = free_port()
         self.healthy = True
+        self.go_on = threading.Event()
         self.seen: list[str] = []
         self._server: _TcpServer | None = None
 
@@ -215,6 +209,7 @@ class EchoService:
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 
     def stop(self) -> None:
+        self.go_on.set()
         if self._server:
             self._server.shutdown()
             self._server.server_close()
@@ -230,6 +225,8 @@ class EchoService:
         if path.startswith("/break"):
             handler.close_connection = True
             return
+        if path.startswith("/until-told"):
+            self.go_on.wait(DEADLINE_S)
         if path.startswith("/slow/"):
             time.sleep(float(path.removeprefix("/slow/")))
         if handler.headers.get("Upgrade"):

@@ -27,6 +27,7 @@ from tests.gate.stream_service import EVENTS, LARGE, StreamService
 from tests.gate.test_transport import make_certificate
 
 HEARTBEAT_S = 0.2
+SOON_S = 4.0  # less than the five seconds for which nginx lingers on a connection that was closed
 ASKING = {"Accept": "text/event-stream"}
 ASKING_OVER_HTTP2 = [("accept", "text/event-stream")]
 PENDING = {"state": "pending", "reason": "Resources"}
@@ -136,7 +137,9 @@ def test_a_held_stream_gets_comment_lines_and_then_the_services_own_bytes(
     backend.publish(cold())
     body = json.dumps({"text": "x" * size, "stream": True}).encode()
     stream = Stream(gate, body=body, headers={"X-One": "two"})
-    assert stream.comment() == ": waiting state=pending reason=Resources eta_s=30"
+    beginning, _, eta = stream.comment().partition(" eta_s=")
+    assert beginning == ": waiting state=pending reason=Resources"
+    assert 20 <= int(eta) <= 30  # what is left of the estimate
     headers = stream.response.headers
     assert stream.response.status == 200
     assert headers["Content-Type"] == "text/event-stream"
@@ -376,7 +379,7 @@ def test_an_encoded_stream_becomes_an_error_event(
 
 def test_the_clients_own_bound_holds_for_a_stream_too(gate: Gate, backend: FakeBackend) -> None:
     backend.publish(cold())
-    stream = Stream(gate, headers={"Prefer": "wait=1"})
+    stream = Stream(gate, headers={"Prefer": "wait=3"})
     stream.comment()
     assert error_of(stream.rest())["error"]["code"] == "hold-timeout"
     wait_until(lambda: nothing_held(backend), "counts given back")
@@ -410,7 +413,7 @@ def test_a_client_that_hangs_up_leaves_no_count(
     if when == "in its stream":
         wait_until(lambda: stream.response.readline().startswith(b"data: "), "begun")
     stream.close()
-    wait_until(lambda: nothing_held(backend), "counts given back", 2)
+    wait_until(lambda: nothing_held(backend), "counts given back", SOON_S)
 
 
 def test_a_client_that_hangs_up_behind_its_next_request_leaves_no_count(
@@ -421,7 +424,7 @@ def test_a_client_that_hangs_up_behind_its_next_request_leaves_no_count(
         sock.sendall(b"GET /llm/x HTTP/1.1\r\nHost: a\r\nAccept: text/event-stream\r\n\r\n")
         assert b"200 OK" in sock.recv(100)
         sock.sendall(b"GET /llm/y HTTP/1.1\r\nHost: a\r\n\r\n")
-    wait_until(lambda: nothing_held(backend), "counts given back", 2)
+    wait_until(lambda: nothing_held(backend), "counts given back", SOON_S)
 
 
 @pytest.fixture
@@ -466,7 +469,7 @@ def test_over_http2_a_stream_that_is_reset_leaves_no_count(
     gate, _ = secure_gate
     backend.publish(cold())
     reset_one_stream(
-        gate, lambda: wait_until(lambda: nothing_held(backend), "counts given back", 2)
+        gate, lambda: wait_until(lambda: nothing_held(backend), "counts given back", SOON_S)
     )
 
 
@@ -565,7 +568,7 @@ def test_a_stream_whose_client_is_silent_for_long_counts_no_longer(
     backend.publish(cold())
     stream = Stream(gate, "/llm/sse/long")
     stream.comment()
-    backend.publish(ready(replica(echo.port), max_idle_connection=1))
+    backend.publish(ready(replica(echo.port), max_idle_connection=3))
     wait_until(lambda: backend.replica_note("r1").get("in_flight") == 1, "sent")
     wait_until(lambda: nothing_held(backend), "counts no longer")
     echo.go.set()
@@ -580,7 +583,7 @@ def test_a_gate_that_was_killed_starts_again(gate: Gate, backend: FakeBackend) -
     gate.stop()
     assert (backend.run_dir / "inner.sock").exists()
     gate.start()
-    stream = Stream(gate, headers={"Prefer": "wait=1"})
+    stream = Stream(gate, headers={"Prefer": "wait=3"})
     stream.comment()
     stream.rest()
 
@@ -620,6 +623,9 @@ def test_a_warm_stream_whose_replica_broke_off_gets_comment_lines_too(
     original = echo.answer
 
     def break_off(handler: Any) -> None:
+        if handler.path == "/health":
+            original(handler)
+            return
         backend.publish(cold())
         wait_until(lambda: backend.notes[-1]["snapshot"] == backend.version, "snapshot taken")
         handler.close_connection = True
@@ -772,7 +778,7 @@ def test_a_proxy_that_cuts_silent_connections_is_kept_awake(
     gate: Gate, backend: FakeBackend, echo: StreamService
 ) -> None:
     backend.publish(cold())
-    limit_s = 10 * HEARTBEAT_S
+    limit_s = 15 * HEARTBEAT_S
     proxy = ImpatientProxy(gate.port, limit_s)
     began = time.monotonic()
     stream = Stream(gate, port=proxy.port)

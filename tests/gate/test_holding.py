@@ -22,6 +22,7 @@ from tests.gate.harness import (
     service,
     wait_until,
 )
+from tests.ports import dead_port
 
 
 def waiting(backend: FakeBackend) -> int:
@@ -113,6 +114,7 @@ def test_wait_zero_answers_at_once_and_leaves_a_lease(gate: Gate, backend: FakeB
 @pytest.mark.parametrize("wish", ["wait=1", 'wait="1"'])
 def test_prefer_wait_shortens_the_hold(gate: Gate, backend: FakeBackend, wish: str) -> None:
     backend.publish(service())
+    wait_until(lambda: gate.get("/readyz").status == 200, "ready")
     answer = gate.raw(
         b"GET /llm/x HTTP/1.1\r\nHost: a\r\nPrefer: respond-async\r\nPrefer: "
         + wish.encode()
@@ -158,7 +160,7 @@ def test_a_refusal_ends_the_wait_of_all_with_reason_and_log(
         assert (answer.status, answer.code) == (503, "start-failed")
         assert answer.json["reason"] == "exited with code 3"
         assert answer.json["log"] == ["boom"]
-        assert answer.headers["Retry-After"] == "2"
+        assert answer.headers["Retry-After"] in ("1", "2")  # what is left of it
 
 
 def test_a_removed_service_is_404_for_its_waiters(gate: Gate, backend: FakeBackend) -> None:
@@ -185,6 +187,7 @@ def test_a_request_whose_service_was_removed_after_it_was_sent_is_502(
             wait_until(lambda: backend.notes[-1]["snapshot"] == backend.version, "snapshot taken")
         elif handler.path == "/break":
             backend.publish(service(state="waking"))
+            wait_until(lambda: backend.notes[-1]["snapshot"] == backend.version, "snapshot taken")
         original(handler)
 
     echo.answer = remove_and_break  # type: ignore[method-assign]
@@ -197,12 +200,13 @@ def test_a_request_whose_service_was_removed_after_it_was_sent_is_502(
 
 
 def test_the_waiting_room_is_bounded(gate: Gate, backend: FakeBackend) -> None:
-    backend.publish(service(max_waiting=2, hold_timeout=3))
+    backend.publish(service(max_waiting=2))
     with ThreadPoolExecutor() as pool:
         held = [pool.submit(gate.get, "/llm/x") for _ in range(2)]
         wait_until(lambda: waiting(backend) == 2, "two wait")
         assert gate.get("/llm/x").code == "too-many-waiting"
-        assert {one.result().code for one in held} == {"hold-timeout"}
+        backend.publish()
+        assert {one.result().code for one in held} == {"no-such-route"}
 
 
 def test_requests_that_do_not_wake(gate: Gate, backend: FakeBackend) -> None:
@@ -252,8 +256,8 @@ def test_a_request_that_was_not_sent_is_sent_to_the_next_replica(
     gate: Gate, backend: FakeBackend, echo: EchoService
 ) -> None:
     gate.expected_errors.append("Connection refused")
-    backend.publish(service(state="ready", replay=0, replicas=[replica(free_port(), "dead")]))
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor() as pool, dead_port() as port:
+        backend.publish(service(state="ready", replay=0, replicas=[replica(port, "dead")]))
         held = pool.submit(gate.get, "/llm/x", "POST", b"abc")
         wait_until(lambda: waiting(backend) == 1, "held again")
         backend.publish(service(state="ready", replay=0, replicas=[replica(echo.port, "good")]))
@@ -357,7 +361,7 @@ def test_a_stream_cut_by_the_death_of_a_replica_does_not_make_it_trusted_again(
 def test_a_silent_service_is_a_timeout(gate: Gate, backend: FakeBackend, echo: EchoService) -> None:
     gate.expected_errors.append("upstream timed out")
     backend.publish(service(state="ready", read_timeout=0.2, replicas=[replica(echo.port)]))
-    answer = gate.get("/llm/slow/1")
+    answer = gate.get("/llm/slow/5")
     assert (answer.status, answer.code) == (504, "upstream-timeout")
 
 
@@ -384,7 +388,7 @@ def test_counts_of_a_killed_worker_vanish(
     gate.expected_errors.append("exited on signal 9")
     backend.publish(service(state="ready", replicas=[replica(echo.port)]))
     with ThreadPoolExecutor(8) as pool:
-        cut = [pool.submit(gate.get, "/llm/slow/3") for _ in range(8)]
+        cut = [pool.submit(gate.get, "/llm/until-told") for _ in range(8)]
         wait_until(lambda: backend.service_note("LLM").get("in_flight") == 8, "all in flight")
         for pid in gate.workers():
             os.kill(pid, signal.SIGKILL)

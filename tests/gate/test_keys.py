@@ -22,17 +22,18 @@ from tests.gate.harness import (
     FakeBackend,
     Gate,
     _Handler,
-    free_port,
     key,
     replica,
     service,
     wait_until,
 )
+from tests.ports import dead_port
 
 ANNA = "sg-" + "A" * 43
 BERT = "sg-" + "b" * 42 + "_"
 OLD = "sg-" + "0" * 43
 REPLICA_KEY = "replica-Key_1"
+SOON_S = 6.0  # three times what is promised, for machines that are busy
 
 
 def bearer(token: str) -> dict[str, str]:
@@ -213,17 +214,17 @@ def test_before_the_first_snapshot_requests_are_held_and_then_judged(
 def test_a_revoked_key_is_refused_and_what_is_under_way_goes_on(
     keyed: Gate, backend: FakeBackend, echo: EchoService, pool: ThreadPoolExecutor
 ) -> None:
-    under_way = pool.submit(keyed.get, "/llm/slow/2", headers=bearer(ANNA))
+    under_way = pool.submit(keyed.get, "/llm/until-told", headers=bearer(ANNA))
     wait_until(lambda: echo.seen, "under way")
     backend.publish_keys(key(BERT, "bert"))
-    end = time.monotonic() + 2
     wait_until(
-        lambda: keyed.get("/llm/x", headers=bearer(ANNA)).status == 401, "revoked", seconds=2
+        lambda: keyed.get("/llm/x", headers=bearer(ANNA)).status == 401, "revoked", seconds=SOON_S
     )
     in_force(keyed, backend, "k2")
     assert {keyed.get("/llm/x", headers=bearer(ANNA)).status for _ in range(20)} == {401}
     assert keyed.get("/llm/x", headers=bearer(BERT)).status == 200
-    assert time.monotonic() < end + 2
+    assert not under_way.done()
+    echo.go_on.set()
     assert under_way.result().status == 200
 
 
@@ -249,7 +250,7 @@ def test_a_held_request_whose_key_is_no_longer_good_is_refused(
     wait_until(lambda: backend.service_note("Cold").get("waiting") == 1, "held")
     assert backend.key_note("anna")["in_flight"] == 1
     backend.publish_keys(*change())
-    answer = held.result(5)
+    answer = held.result(20)
     assert (answer.status, answer.code) == (status, code)
     wait_until(lambda: backend.service_note("Cold").get("waiting") == 0, "left")
     backend.publish(service("Cold", state="ready", replicas=[replica(echo.port)]))
@@ -265,7 +266,7 @@ def test_a_held_request_without_a_key_is_refused_when_keys_come_into_force(
     held = pool.submit(gate.get, "/cold/x")
     wait_until(lambda: backend.service_note("Cold").get("waiting") == 1, "held")
     backend.publish_keys(key(ANNA))
-    assert held.result(5).status == 401
+    assert held.result(20).status == 401
 
 
 def test_a_held_request_with_a_good_key_goes_on_when_keys_come_into_force(
@@ -278,7 +279,7 @@ def test_a_held_request_with_a_good_key_goes_on_when_keys_come_into_force(
     backend.publish_keys(key(ANNA))
     wait_until(lambda: backend.key_note("anna").get("in_flight") == 1, "counted on its key")
     backend.publish(service("Cold", state="ready", replicas=[replica(echo.port)]))
-    answer = held.result(5)
+    answer = held.result(20)
     assert answer.status == 200
     assert answer.json["headers"]["X-Slurmgate-User"] == "anna"
     assert ANNA not in answer.body.decode()
@@ -386,7 +387,7 @@ def test_requests_in_flight_are_counted_over_all_workers(
     in_force(keyed, backend, backend.publish_keys(key(ANNA, in_flight=3, rpm=1000)))
     busy: list[Future[Answer]] = []
     while len(busy) < 3:
-        busy.append(pool.submit(keyed.get, "/llm/slow/2", headers=bearer(ANNA)))
+        busy.append(pool.submit(keyed.get, "/llm/until-told", headers=bearer(ANNA)))
         wait_until(lambda: len(echo.seen) == len(busy), "in flight")
     for _ in range(20):
         answer = keyed.get("/llm/x", headers=bearer(ANNA))
@@ -401,6 +402,7 @@ def test_requests_in_flight_are_counted_over_all_workers(
         }
     wait_until(lambda: backend.key_note("anna").get("refused") == 20, "told")
     assert backend.key_note("anna") == {"requests": 3, "refused": 20, "in_flight": 3}
+    echo.go_on.set()
     assert [one.result().status for one in busy] == [200] * 3
     wait_until(lambda: keyed.get("/llm/x", headers=bearer(ANNA)).status == 200, "free")
     wait_until(lambda: backend.key_note("anna")["in_flight"] == 0, "none in flight")
@@ -420,7 +422,7 @@ def test_counts_of_a_killed_worker_are_forgotten(
 ) -> None:
     keyed.expected_errors += ["exited on signal 9"]
     in_force(keyed, backend, backend.publish_keys(key(ANNA, in_flight=8)))
-    asked = [pool.submit(keyed.get, "/llm/slow/4", headers=bearer(ANNA)) for _ in range(8)]
+    asked = [pool.submit(keyed.get, "/llm/until-told", headers=bearer(ANNA)) for _ in range(8)]
     wait_until(lambda: len(echo.seen) == 8, "in flight")
     assert keyed.get("/llm/x", headers=bearer(ANNA)).status == 429
     for worker in keyed.workers():
@@ -476,8 +478,15 @@ def test_polls_and_requests_show_a_replica_its_key(
         assert "X-Api-Key" not in answer.json["headers"]
 
 
+@pytest.fixture
+def dead_replica() -> Iterator[int]:
+    with dead_port() as port:
+        yield port
+
+
 @pytest.mark.parametrize("own_key", [REPLICA_KEY, None])
 def test_a_replica_that_gets_the_next_try_is_shown_its_own_key(
+    dead_replica: int,
     guarded: GuardedService,
     echo: EchoService,
     gate: Gate,
@@ -486,7 +495,7 @@ def test_a_replica_that_gets_the_next_try_is_shown_its_own_key(
     own_key: str | None,
 ) -> None:
     gate.expected_errors += ["Connection refused"]
-    dead = replica(free_port(), key="of-the-dead")
+    dead = replica(dead_replica, key="of-the-dead")
     live = replica(guarded.port if own_key else echo.port, "r2", key=own_key)
     backend.publish_keys(key(ANNA))
     backend.publish(service(state="ready", replicas=[dead]))

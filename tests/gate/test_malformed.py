@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from slurmgate.model import GateSpec
-from tests.gate.harness import FakeBackend, Gate, replica, service, wait_until
+from tests.gate.harness import DEADLINE_S, FakeBackend, Gate, replica, service, wait_until
 from tests.gate.malformed import MODEL, Case, Keeper, Kept, corpus
 
 AT_ONCE = 200
@@ -35,12 +35,18 @@ def keeper() -> Iterator[Keeper]:
 
 
 async def send(gate: Gate, case: Case) -> tuple[Case, bytes]:
-    """What comes back on the case's connection until it ends or falls silent."""
+    """What comes back on the case's connection until it ends or falls silent; whoever is not
+    refused is answered first, however busy the machine is.
+    """
     reader, writer = await asyncio.open_connection("127.0.0.1", gate.port)
     got = b""
     try:
         writer.write(case.raw)
-        while part := await asyncio.wait_for(reader.read(65536), SILENCE_S):
+        while True:
+            patience = SILENCE_S if got or case.refused else DEADLINE_S
+            part = await asyncio.wait_for(reader.read(65536), patience)
+            if not part:
+                break
             got += part
     except (TimeoutError, ConnectionError):
         pass

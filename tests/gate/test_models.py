@@ -153,6 +153,7 @@ def test_anthropic_clients_get_errors_in_their_shape(ready: Gate):
 def test_a_cold_model_is_held_and_woken(ready: Gate, backend: FakeBackend, echo: EchoService):
     with ThreadPoolExecutor(1) as pool:
         backend.publish(service("Cold", models=["three"], state="waking"))
+        wait_until(lambda: backend.notes[-1]["snapshot"] == backend.version, "snapshot taken")
         asked = pool.submit(ask, ready, chat("three"))
         wait_until(lambda: backend.service_note("Cold").get("waiting") == 1, "held")
         backend.publish(

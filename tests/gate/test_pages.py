@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import statistics
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -139,7 +140,7 @@ def test_info_shows_what_was_answered_before(ready: Gate, backend: FakeBackend) 
         shown = ready.get("/info").json
         assert (shown["requests"], shown["waiting"]) == (number, 0)
         # The count of a request ends behind its last byte.
-        wait_until(lambda: ready.get("/info").json["in_flight"] == 0, "none in flight", 1)
+        wait_until(lambda: ready.get("/info").json["in_flight"] == 0, "none in flight")
     assert info_calls(backend) <= 20
 
 
@@ -177,7 +178,7 @@ def test_a_client_that_leaves_takes_no_page_with_it(ready: Gate, backend: FakeBa
             sock.sendall(b"GET /info HTTP/1.1\r\nHost: a\r\n\r\n")
             wait_until(lambda: backend.calls, "fetch begun")
     goes_on.set()
-    assert ready.get("/info", timeout=5).status == 200
+    assert ready.get("/info").status == 200
 
 
 @pytest.mark.parametrize("reloaded", [False, True], ids=["", "and the gate is reloaded"])
@@ -186,7 +187,7 @@ def test_the_backend_is_told_often_while_an_admin_call_is_under_way(
 ) -> None:
     backend.pages["/admin/reload"] = (200, "{}")
 
-    told: list[bool] = []
+    took: list[float] = []
 
     def wait_for_gate(method: str, path: str) -> None:
         # As the real one: its answer waits until the gate has the new snapshot.
@@ -196,15 +197,16 @@ def test_the_backend_is_told_often_while_an_admin_call_is_under_way(
             wait_until(lambda: not before <= set(ready.workers()), "new workers")
             wait_until(lambda: len(before & set(ready.workers())) == 1, "one old worker stays")
         for number in range(10):
+            began = time.monotonic()
             backend.publish(service(max_waiting=number + 1))
-            end = time.monotonic() + 0.2
-            while backend.notes[-1]["snapshot"] != backend.version and time.monotonic() < end:
-                time.sleep(0.005)
-            told.append(backend.notes[-1]["snapshot"] == backend.version)
+            wait_until(lambda: backend.notes[-1]["snapshot"] == backend.version, "snapshot taken")
+            took.append(time.monotonic() - began)
 
     backend.on_call = wait_for_gate
     assert ready.get("/admin/reload", "POST").status == 200
-    assert told == [True] * 10
+    # At rest it is told every second. A machine that stands still delays some of them, not most.
+    assert len(took) == 10
+    assert statistics.median(took) < 0.2, took
 
 
 def test_admin_calls_are_passed_on_and_get_changes_nothing(
@@ -252,7 +254,8 @@ def logged(gate: Gate, count: int) -> list[dict]:
     def read() -> list[dict]:
         text = (gate.folder / "access.log").read_bytes().decode()
         assert "secret" not in text
-        lines = [json.loads(line) for line in text.splitlines()]
+        whole = text[: text.rfind("\n") + 1].splitlines()
+        lines = [json.loads(line) for line in whole]
         return [line for line in lines if line["path"] != "/readyz"]
 
     wait_until(lambda: len(read()) >= count, "log written")

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import socket
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-PORTS = range(11000, 20000)  # below what kernels hand out, and no port of a service
+
+def share(first: int, end: int) -> range:
+    """What this process has of a range of ports: pytest-xdist runs several beside each other, and
+    what one of them has chosen and not yet bound another one would take for free.
+    """
+    count = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % count
+    size = (end - first) // count
+    return range(first + number * size, first + (number + 1) * size)
+
+
+PORTS = share(15000, 20000)  # below what kernels hand out, and no port of a service
 
 
 @dataclass(frozen=True, slots=True)

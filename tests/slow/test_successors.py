@@ -56,7 +56,7 @@ def test_a_successor_that_waits_in_the_queue_serves_whoever_waits_when_it_starts
     with watching(product) as watch, Flow(f"{product.url}/probe/slow?s=0.1", 4) as load:
         (new,) = until(lambda: job_ids(product, state="pending"), 60)
         assert job_ids(product) == {old}, "the successor is submitted while the old one serves"
-        product.lab.until_job(old, "TIMEOUT", 100)
+        product.lab.until_job(old, "TIMEOUT", 180)
         assert until(lambda: settled(product, 1), 60) == {new}
         until(lambda: load.served_by(last=10) == replica_ids(product))
     assert load.failures == []

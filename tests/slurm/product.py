@@ -120,7 +120,7 @@ def serving(product: ClusterProduct) -> Iterator[ClusterProduct]:
         if product.process is not None:
             code = product.down()
             assert code == 0, product.tail()
-            until(lambda: product.tunnels() == [], 5)
+            until(lambda: product.tunnels() == [])
             assert product.trouble() == [], product.tail()
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from slurmgate import procfs
 from slurmgate.model import SshSpec
+from tests.ports import free_port as free_port
 from tests.waiting import until
 
 HOST = "127.0.0.1"
@@ -188,12 +189,6 @@ class Sshd:
     @staticmethod
     def _family(pid: int) -> list[procfs.Process]:
         return [p for p in procfs.processes() if pid in procfs.ancestors(p.pid)]
-
-
-def free_port() -> int:
-    """Find a port nobody listens on just now."""
-    with socket.create_server((HOST, 0)) as server:
-        return int(server.getsockname()[1])
 
 
 def _signal(process: procfs.Process, number: signal.Signals) -> None:

@@ -24,7 +24,8 @@ def one_job_and_an_answer(product: ClusterProduct, waiting: Asking) -> None:
     assert answer.status_code == 200, answer.text
     until(lambda: len(product.live()) == 1)
     until(lambda: len(product.tunnels()) == 1)
-    assert [replica["state"] for replica in product.info()["replicas"]] == ["ready"]
+    # Of a replica that was adopted, or that ends, the backend hears a moment later.
+    until(lambda: [replica["state"] for replica in product.info()["replicas"]] == ["ready"])
     assert product.replica()["job_id"] == product.live()[0].id
 
 

@@ -101,7 +101,7 @@ def test_a_taken_port_is_exchanged_for_another_without_a_word(product: ClusterPr
         low = taken.getsockname()[1]
         product.job(port_range=[low, low + 1], sbatch_args=[f"--nodelist={node}"])
         product.up()
-        for _ in range(6):  # the first choice is by chance
+        for _ in range(20):  # the first choice is by chance
             answer = product.get("/probe/pid")
             assert answer.status_code == 200, answer.text
             assert product.info()["log"] == []

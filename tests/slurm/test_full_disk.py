@@ -81,7 +81,7 @@ def test_what_is_started_while_the_disk_fills_is_served_and_ended_all_the_same(t
     product = ClusterProduct(tmp_path, lab)
     product.expected.append(r"access\.log.*No space left on device")
     with small_disk(product.state_dir), serving(product):
-        product.job(load=2, timeout=1)
+        product.job(load=5, timeout=1)
         product.up()
         waiting = ask(product, "/probe/")
         until(lambda: product.noted("start"))  # its job runs, and its record was written

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -97,8 +98,11 @@ def test_nothing_is_left_of_a_stopped_lab(own_lab):
 
 
 def commands(lab: Lab) -> list[str]:
-    names = (Path(f"/proc/{pid}/comm") for pid in lab.processes())
-    return [path.read_text().strip() for path in names if path.exists()]
+    found = []
+    for pid in lab.processes():
+        with contextlib.suppress(OSError):  # it has ended since
+            found.append(Path(f"/proc/{pid}/comm").read_text().strip())
+    return found
 
 
 def test_a_lab_ends_with_the_process_that_made_it(short_path):
@@ -111,7 +115,9 @@ def test_a_lab_ends_with_the_process_that_made_it(short_path):
     with subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True) as maker:
         assert maker.stdout is not None
         pids = [int(pid) for pid in maker.stdout.readline().strip("[]\n").split(",")]
-        assert all(Path(f"/proc/{pid}").exists() for pid in pids)
+        # Slurm's daemons start helpers that end by themselves.
+        pids = [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+        assert len(pids) >= 6
         maker.kill()
     until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
 

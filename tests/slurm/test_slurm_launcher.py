@@ -525,6 +525,7 @@ def test_three_replicas_on_one_node_are_started_adopted_and_stopped_one_by_one(l
     again = second.launcher.launch(spec, "r4").port
     assert again not in {reached[0].port, reached[2].port}
     assert port is None or again == reached[1].port
+    until(partial(answers, second.ears.until_phase("r4", Phase.STARTING)))  # its tunnel is open
     before = logins(lab)
     for name in ("r1", "r3", "r4"):
         second.launcher.stop(name)
@@ -672,7 +673,7 @@ def test_jobs_are_cancelled_when_the_backend_closes_for_good(lab, boot, state):
     backend.launcher.launch(spec, "r1")
     backend.ears.until_phase("r1", Phase.STARTING)
     backend.launcher.close(stop_replicas=True)
-    until(lambda: not ours(lab), 5)
+    until(lambda: not ours(lab))
 
 
 def test_a_service_that_dies_while_it_loads_is_noticed_soon(lab, boot):
@@ -680,7 +681,7 @@ def test_a_service_that_dies_while_it_loads_is_noticed_soon(lab, boot):
     backend = boot(spec)
     backend.launcher.launch(spec, "r1")
     reached = backend.ears.until_phase("r1", Phase.STARTING)
-    until(lambda: answers(reached) or backend.ears.ends, 14)
+    until(lambda: answers(reached) or backend.ears.ends, 18)  # at rest one is listed every 15 s
     assert backend.ears.until_end("r1").reason == "the service exited with code 4"
 
 

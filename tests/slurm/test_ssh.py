@@ -35,7 +35,7 @@ def remotes(tmp_path: Path) -> Iterator[Remotes]:
     remotes = Remotes(home=home)
     yield remotes
     remotes.close()
-    assert set(threading.enumerate()) <= before
+    until(lambda: set(threading.enumerate()) <= before)
 
 
 @pytest.fixture
@@ -222,7 +222,7 @@ def test_many_threads_share_one_connection_and_at_most_six_channels(remotes, log
         runs = [pool.submit(remotes.run, login.ssh, script, timeout=20) for _ in range(40)]
         together = [int(run.result().out) for run in runs]
     assert 2 <= max(together) <= 6
-    assert login.connections() == 1
+    until(lambda: login.connections() == 1)  # the one that asked whether it answers may linger
 
 
 def test_a_host_that_allows_one_session_gets_more_connections(remotes, tmp_path):
@@ -339,11 +339,11 @@ def test_close_ends_commands_on_connections_that_were_given_up_too(remotes, tmp_
             script = f"touch {trace}; sleep 1000"
             runs.append(pool.submit(remotes.run, sshd.ssh, script, timeout=20))
             until(trace.exists)
-        assert sshd.connections() == 2
+        until(lambda: sshd.connections() == 2)
         remotes.close()
         for run in runs:
             with pytest.raises(Unfinished, match="was lost"):
-                run.result(timeout=5)
+                run.result(timeout=15)
 
 
 def test_close_ends_a_try_to_connect(remotes, login):
@@ -353,7 +353,7 @@ def test_close_ends_a_try_to_connect(remotes, login):
         until(lambda: any(t.name == "ssh-connect" for t in threading.enumerate()))
         remotes.close()
         with pytest.raises(HostAway):
-            run.result(timeout=5)
+            run.result(timeout=15)
     login.resume()
 
 
@@ -560,7 +560,7 @@ def test_a_jump_host_is_gone_through(remotes, login, jump):
         assert remotes.run(spec, "echo $SSH_CONNECTION", timeout=9).out.split()[3] == str(
             login.port
         )
-    assert (jump.connections(), login.connections()) == (1, 1)
+    until(lambda: (jump.connections(), login.connections()) == (1, 1))
     jump.cut()
     assert remotes.run(spec, "echo x", timeout=9).out == "x\n"
 
@@ -569,7 +569,8 @@ def test_the_key_of_the_jump_host_is_checked_too(remotes, login, jump):
     login.trust()
     spec = replace(login.ssh, jump=f"{HOST}:{jump.port}")
     assert f"{HOST} port {jump.port} is not a known host" in refused(remotes, spec)
-    assert login.connections() == 0
+    until(lambda: login.connections() == 0)
+    assert "Accepted publickey" not in login.log()
 
 
 def test_a_jump_host_that_forbids_forwarding_is_for_good(remotes, login, jump):
@@ -597,7 +598,7 @@ def test_no_running_master_is_refused_with_the_command_that_starts_it(remotes, l
     assert text.endswith(command)
     with master(login, tmp_path / "control"):
         assert remotes.run(spec, "echo x", timeout=9).out == "x\n"
-        assert login.connections() == 1
+        until(lambda: login.connections() == 1)
     assert command in refused(remotes, spec)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -136,7 +137,8 @@ class Bench:
         for tunnels in self._backends:
             tunnels.shutdown()
         for process in self.processes():
-            os.kill(process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
 
 
 @pytest.fixture
@@ -438,7 +440,7 @@ def test_forwarding_prohibited_by_sshd_is_hopeless_and_says_the_remedy(bench, tm
         endpoint = tunnels.open(KEY, Route(sshd.ssh, HOST, service))
         until(lambda: tunnels.is_open(KEY))
         poke(endpoint)
-        (text,) = until(lambda: observer.of("hopeless"))
+        text, *_ = until(lambda: observer.of("hopeless"))
         poke(endpoint)
         assert "administratively prohibited" in text
         assert f"{HOST}:{service}" in text
@@ -451,7 +453,7 @@ def test_an_unknown_node_name_is_hopeless(bench, shared_sshd):
     endpoint = tunnels.open(KEY, Route(shared_sshd.ssh, "node.invalid", 80))
     until(lambda: tunnels.is_open(KEY))
     poke(endpoint)
-    (text,) = until(lambda: observer.of("hopeless"))
+    text, *_ = until(lambda: observer.of("hopeless"))
     assert "cannot find the address of node.invalid" in text
 
 
@@ -459,7 +461,7 @@ def test_a_wrong_key_is_hopeless(bench, shared_sshd, service):
     tunnels, observer = bench.backend()
     ssh = replace(shared_sshd.ssh, key_file=shared_sshd.host_keys[0])
     tunnels.open(KEY, Route(ssh, HOST, service))
-    (text,) = until(lambda: observer.of("hopeless"))
+    text, *_ = until(lambda: observer.of("hopeless"))
     assert "Permission denied (publickey)" in text
 
 
@@ -470,7 +472,7 @@ def test_a_changed_host_key_is_hopeless_and_shows_the_new_one(bench, tmp_path, s
         sshd.start()
         tunnels, observer = bench.backend()
         tunnels.open(KEY, Route(sshd.ssh, HOST, service))
-        (text,) = until(lambda: observer.of("hopeless"))
+        text, *_ = until(lambda: observer.of("hopeless"))
         assert "has changed, it is now SHA256:" in text
         assert str(sshd.known_hosts) in text
 
@@ -495,7 +497,7 @@ def test_a_login_that_hangs_is_given_up_and_tried_again(bench, tmp_path, service
         sshd.pause()
         tunnels, observer = bench.backend()
         endpoint = tunnels.open(KEY, Route(sshd.ssh, HOST, service))
-        (reason,) = until(lambda: observer.of("lost"))
+        reason, *_ = until(lambda: observer.of("lost"))
         assert "127.0.0.1 did not let us in within" in reason
         monkeypatch.setattr(link, "_OPENING_MAX", 60.0)
         sshd.resume()
@@ -520,7 +522,7 @@ def test_a_machine_without_ssh_says_so(bench, shared_sshd, service, monkeypatch,
     monkeypatch.setenv("PATH", str(tmp_path))
     tunnels, observer = bench.backend()
     tunnels.open(KEY, Route(shared_sshd.ssh, HOST, service))
-    (reason,) = until(lambda: observer.of("lost"))
+    reason, *_ = until(lambda: observer.of("lost"))
     assert "ssh cannot be started: [Errno 2]" in reason
     tunnels.close(KEY)
     until(lambda: not list(bench.sockets.iterdir()))
@@ -649,7 +651,7 @@ def test_a_node_with_other_keys_than_pinned_is_hopeless(bench, tmp_path, service
         node.new_host_keys()
         node.start()
         tunnels.open("next.1", route)
-        (text,) = until(lambda: observer.of("hopeless", "next.1"))
+        text, *_ = until(lambda: observer.of("hopeless", "next.1"))
         (pin,) = bench.pins.iterdir()
         assert "has changed, it is now SHA256:" in text
         assert f"remove {pin}" in text
@@ -723,7 +725,7 @@ def test_the_operators_master_forwards_without_a_child(bench, shared_sshd, servi
     after.sweep({KEY})
     master.end()
     path.unlink(missing_ok=True)
-    (reason,) = until(lambda: observer.of("lost"))
+    reason, *_ = until(lambda: observer.of("lost"))
     assert f"-M -S {path}" in reason
     master = Master(shared_sshd, path)
     until(works(endpoint))

@@ -76,7 +76,7 @@ def slow_sbatch(lab: Lab) -> None:
     """Let sbatch take so long that nobody who looks can miss it."""
     folder = lab.folder / "slow"
     folder.mkdir()
-    (folder / "sbatch").write_text('#!/bin/sh\nsleep 0.5\n/usr/bin/sbatch "$@"\n')
+    (folder / "sbatch").write_text('#!/bin/sh\nsleep 2\n/usr/bin/sbatch "$@"\n')
     (folder / "sbatch").chmod(0o755)
     lab.sshd_options(env={"PATH": f"{folder}:{lab.env['PATH']}"})
 

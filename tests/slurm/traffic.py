@@ -22,11 +22,14 @@ LOOK_S = 0.25
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What one request came to; ``trouble`` is None when it was answered whole."""
+    """What one request came to; ``trouble`` is None when it was answered whole. ``waited`` is how
+    long the gate held it.
+    """
 
     replica: str | None
     seconds: float
     trouble: str | None
+    waited: float = 0.0
 
 
 @dataclass
@@ -80,10 +83,11 @@ class Flow:
                 await asyncio.sleep(due - time.monotonic())
 
     async def _ask(self, session: aiohttp.ClientSession) -> Reply:
-        began, replica, trouble = time.monotonic(), None, None
+        began, replica, trouble, waited = time.monotonic(), None, None, 0.0
         try:
             async with session.get(self.url) as answer:
                 replica = answer.headers.get("X-Slurmgate-Replica")
+                waited = float(answer.headers.get("X-Slurmgate-Waited", 0))
                 body = await answer.read()
         except (aiohttp.ClientError, TimeoutError) as error:
             trouble = f"{error!r} from {replica}"
@@ -92,7 +96,7 @@ class Flow:
                 trouble = f"{answer.status} {body[:300]!r}"
             elif self.body is not None and body != self.body:
                 trouble = f"not whole, from {replica}: {body[-100:]!r}"
-        return Reply(replica, time.monotonic() - began, trouble)
+        return Reply(replica, time.monotonic() - began, trouble, waited)
 
 
 class Watch:

@@ -20,6 +20,7 @@ import httpx
 import pytest
 
 from slurmgate.config import examine
+from tests.ports import free_port
 
 CONFIG = Path(__file__).parents[2] / "config"
 SERVE = CONFIG / "demo" / "serve.sh"
@@ -34,13 +35,6 @@ class Server:
 
 
 Start = Callable[..., Server]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @contextlib.contextmanager
@@ -105,7 +99,7 @@ def events(response: httpx.Response) -> list[str]:
 
 
 def test_it_listens_while_it_loads_and_is_healthy_afterwards(start: Start):
-    server = start(DEMO_LOAD_S="2")
+    server = start(DEMO_LOAD_S="6")
     assert wait_for_answer(server).status_code == 503
     wait_for_health(server)
 

@@ -18,6 +18,7 @@ import pytest
 
 from slurmgate import cli
 from slurmgate.config import examine
+from tests.ports import free_port
 from tests.waiting import until
 
 ROOT = Path(__file__).parents[2]
@@ -219,9 +220,7 @@ def test_a_job_script_runs_its_server_out_of_an_image(job, tmp_path):
 
 @pytest.mark.parametrize("key", [None, "s3cret"])
 def test_the_smallest_service_answers_who_has_its_key_and_ends_with_sigterm(tmp_path, key):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     python = Path(sys.executable).parent
     given = {} if key is None else {"SLURMGATE_API_KEY": key}
     process = subprocess.Popen(

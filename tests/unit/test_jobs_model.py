@@ -11,6 +11,7 @@ import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -516,5 +517,5 @@ class Cluster(RuleBasedStateMachine):
             self.take_in(self.rows(), self.now)
 
 
-TestCluster = Cluster.TestCase
+TestCluster = pytest.mark.timeout(600)(Cluster.TestCase)  # a slow machine takes minutes
 TestCluster.settings = settings(max_examples=300, stateful_step_count=60, deadline=None)

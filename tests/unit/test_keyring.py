@@ -53,7 +53,7 @@ def names(ring):
 
 def settles(ring, *expected, error=None):
     """The keys in force, and whether something is wrong with the file."""
-    until(lambda: tuple(names(ring)) == expected and error == bool(ring.current.error), 5)
+    until(lambda: tuple(names(ring)) == expected and error == bool(ring.current.error))
     assert ring.current.required
 
 
@@ -111,7 +111,7 @@ def test_every_change_is_followed_and_every_trouble_shown(ring, path, caplog):
     path.unlink()
     settles(made, error=True)
     path.write_text("{")
-    until(lambda: "JSON" in (made.current.error or ""), 5)
+    until(lambda: "JSON" in (made.current.error or ""))
     assert made.current.keys == ()
     put_again = path.with_suffix(".new")
     put_again.write_bytes(keys.serialise((ALICE,)))
@@ -279,7 +279,7 @@ def test_who_waits_for_the_gate_waits_until_it_says_that_it_has_the_keys(exchang
         exchange(keys="another")
         assert not waiting.done()
         exchange(keys=exchange.ring.current.version)
-        assert waiting.result(5)
+        assert waiting.result(20)
     monkeypatch.setattr(keyring, "GATE_WITHIN", 0.01)
     exchange.ring.follow(None)
     assert not exchange.ring.await_gate()

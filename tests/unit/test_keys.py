@@ -186,6 +186,7 @@ def test_of_changes_made_at_once_none_is_lost(tmp_path):
     path = tmp_path / "keys.json"
     program = (
         "import sys; from pathlib import Path; from slurmgate import keys, keys_file\n"
+        "keys_file._LOCK_PATIENCE = 60\n"  # a disk may be slow, and whoever comes last waits long
         "for n in range(20):\n"
         "    name = f'{sys.argv[2]}-{n}'\n"
         "    keys_file.change(Path(sys.argv[1]),"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 import queue
-import random
 import re
 import shutil
 import signal
@@ -15,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from slurmgate.model import End, Exit, LauncherKind, ReplicaBounds, ServiceSpec
 from slurmgate.ports import Adoption
 from slurmgate.records import Record, Records
 from slurmgate.state import StateDir
+from tests.ports import free_ports
 from tests.unit import builders
 from tests.waiting import until
 
@@ -130,16 +130,6 @@ def machine(tmp_path):
     machine = Machine(tmp_path)
     yield machine
     machine.clean()
-
-
-def free_ports(count: int) -> int:
-    """The first of ``count`` consecutive ports that nobody uses, outgoing connections included."""
-    while True:
-        first = random.randrange(10000, 20000)
-        with ExitStack() as stack, suppress(OSError):
-            for port in range(first, first + count):
-                stack.enter_context(socket.socket()).bind(("", port))
-            return first
 
 
 # starting

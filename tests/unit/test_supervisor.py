@@ -28,7 +28,9 @@ ctypes.CDLL(None).prctl(36, 1)  # orphans come to us, as they do to process 1 of
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 
 def changed(running):
-    (folder / "running").write_text(json.dumps({k: [v.pid, v.start] for k, v in running.items()}))
+    fresh = folder / "running.new"
+    fresh.write_text(json.dumps({k: [v.pid, v.start] for k, v in running.items()}))
+    fresh.replace(folder / "running")
 
 def spec(name, body):
     return ChildSpec(
@@ -294,7 +296,8 @@ def test_members_of_a_session_without_its_leader_are_known_by_their_name(tmp_pat
     assert session.kill()
     assert session.members() == []
     for process in procfs.session_members(leader.pid):
-        os.kill(process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # one of the short sleeps
+            os.kill(process.pid, signal.SIGKILL)
 
 
 def test_a_stop_waits_until_the_program_can_hear_it(drive):

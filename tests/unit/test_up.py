@@ -7,7 +7,6 @@ import http.client
 import json
 import os
 import pwd
-import random
 import re
 import shutil
 import signal
@@ -26,6 +25,7 @@ from cryptography.x509.oid import NameOID
 
 from slurmgate import procfs
 from slurmgate.state import StateDir
+from tests.ports import free_port, service_ports
 from tests.waiting import until
 
 SERVER = """\
@@ -43,15 +43,6 @@ class Answer(http.server.BaseHTTPRequestHandler):
 http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Answer).serve_forever()
 ' "$1"
 """
-
-
-def free_port() -> int:
-    """A port nobody listens on, outside of what outgoing connections get."""
-    while True:
-        port = random.randrange(10000, 20000)
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 def runs(pid: int) -> bool:
@@ -84,6 +75,7 @@ class Instance:
                 "timeout": 1000,
                 "launcher": "process",
                 "remote_port": "auto",
+                "port_range": service_ports(),
             }
             for route in routes
         ]

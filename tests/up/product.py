@@ -6,9 +6,7 @@ import contextlib
 import json
 import os
 import re
-import secrets
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -21,21 +19,14 @@ import httpx
 from slurmgate import client
 from slurmgate.errors import BackendAway
 from slurmgate.state import StateDir
+from tests.ports import free_port as free_port
+from tests.ports import service_ports
 from tests.waiting import until
 
 ROOT = Path(__file__).resolve().parents[2]
 PROBE = Path(__file__).with_name("probe.py")
 NGINX_TROUBLE = re.compile(r"\[(error|alert|crit|emerg)\]")
 OUR_TROUBLE = re.compile(r"Traceback| ERROR | CRITICAL ")
-
-
-def free_port() -> int:
-    """A port nobody listens on, out of those that connections do not get by themselves."""
-    while True:
-        port = 10_000 + secrets.randbelow(10_000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 class Product:
@@ -79,6 +70,7 @@ class Product:
             "api_paths": ["/"],
             "check_health_path": "/health",
             "remote_port": "auto",
+            "port_range": service_ports(),
             "timeout": 60,
             **fields,
         }
@@ -171,7 +163,8 @@ class Product:
         return (self.state_dir / "admin-token").read_text().strip()
 
     def post(self, path: str) -> httpx.Response:
-        return httpx.post(self.url + path, headers={"Authorization": f"Bearer {self.token}"})
+        headers = {"Authorization": f"Bearer {self.token}"}
+        return httpx.post(self.url + path, headers=headers, timeout=60)
 
     def get(self, path: str, timeout: float = 60, **options: Any) -> httpx.Response:
         return httpx.get(self.url + path, timeout=timeout, **options)
@@ -211,6 +204,16 @@ class Product:
 
     def nginx_master(self) -> int:
         return int((self.run_dir / "nginx.pid").read_text())
+
+    def serves_again(self, killed: int) -> bool:
+        """Whether another master serves; the killed one's workers may outlive it a moment."""
+        with contextlib.suppress(OSError, ValueError, httpx.TransportError):
+            return self.nginx_master() != killed and self.get("/readyz").status_code == 200
+        return False
+
+    def loaded(self) -> int:
+        """How often a configuration was put in force, as the log says."""
+        return sum("configuration loaded" in line for line in self.log)
 
     def nginx_workers(self) -> list[int]:
         return children(self.nginx_master())

@@ -131,8 +131,13 @@ def test_the_access_log_is_json_without_queries_and_can_be_rotated(product):
     assert "secret" not in log.read_text()
     log.rename(log.with_suffix(".1"))
     product.run("reopen-logs")
-    product.get("/probe/", headers={"X-Request-Id": "id-2"})
-    until(lambda: log.exists() and "id-2" in log.read_text())
+
+    def is_in_the_new_one() -> bool:
+        """A worker that has not heard of it yet writes into the old file."""
+        product.get("/probe/", headers={"X-Request-Id": "id-2"})
+        return log.exists() and "id-2" in log.read_text()
+
+    until(is_in_the_new_one)
 
 
 def test_reopening_logs_signals_no_stranger(product):
@@ -221,7 +226,7 @@ def test_a_start_that_a_guard_holds_back_is_refused_with_the_reason(product):
     product.run("start", "probe")
     product.until_state("ready")
     product.run("stop", "probe")
-    until(lambda: product.replicas() == [])
+    until(lambda: product.info()["replicas"] == [])
     refused = product.run("start", "probe", check=False)
     assert refused.returncode == 1
     assert "1 starts within the last hour (max_starts_per_hour)" in refused.stderr

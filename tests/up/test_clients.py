@@ -76,7 +76,8 @@ def test_whoever_waits_less_is_sent_away_but_the_start_goes_on(product):
     assert 1 <= int(answer.headers["Retry-After"]) <= 60
     assert answer.json()["retry_after_s"] > 0
     product.until_state("ready")
-    assert product.get("/probe/").headers["X-Slurmgate-Waited"] == "0.000"
+    # The gate may learn of it a moment later.
+    until(lambda: product.get("/probe/").headers["X-Slurmgate-Waited"] == "0.000")
     assert len(product.noted("start")) == 1
 
 
@@ -89,12 +90,14 @@ def test_prefer_shortens_the_hold_in_any_of_several_header_lines(product):
     answer = read_answer(client)
     client.close()
     assert answer.startswith(b"HTTP/1.1 503")
-    assert 0.9 < time.monotonic() - began < 5
+    assert 0.9 < time.monotonic() - began < 20
 
 
 def test_the_hold_timeout_ends_the_wait_with_state_and_reason(product):
     product.probe(load=3600, hold_timeout=1)
     product.up()
+    product.run("start", "probe")
+    until(lambda: "503" in (product.info()["reason"] or ""))  # it was polled, and still loads
     answer = product.get("/probe/")
     assert answer.status_code == 503
     problem = answer.json()
@@ -107,14 +110,13 @@ def test_the_hold_timeout_ends_the_wait_with_state_and_reason(product):
 def test_a_full_waiting_room_refuses_the_next_at_once(product):
     product.probe(load=3600, max_waiting=5)
     product.up()
-    asked = ask_in_background(
-        [f"{product.url}/probe/{i}" for i in range(5)], headers={"Prefer": "wait=3"}
-    )
+    asked = ask_in_background([f"{product.url}/probe/{i}" for i in range(5)])
     until(lambda: product.info()["waiting"] == 5)
     answer = product.get("/probe/")
     assert answer.status_code == 429
     assert answer.json()["type"].endswith("too-many-waiting")
     assert "Retry-After" in answer.headers
+    product.run("stop", "probe")
     assert {a.status for a in asked.result()} == {503}
 
 

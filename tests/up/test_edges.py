@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import signal
@@ -10,7 +9,6 @@ import socket
 import subprocess
 import sys
 
-import httpx
 import pytest
 
 from tests.up.product import alive, free_port
@@ -38,12 +36,6 @@ def followed(product):
     return product.up(listen=False)
 
 
-def serves(product) -> bool:
-    with contextlib.suppress(httpx.TransportError):
-        return product.get("/readyz").status_code == 200
-    return False
-
-
 # a changed gate section
 
 
@@ -54,14 +46,15 @@ def test_a_gate_section_changed_while_nginx_is_down_is_a_note_and_in_force_later
     product.up()
     assert product.process is not None
     product.process.send_signal(signal.SIGSTOP)  # so that nothing starts nginx again
-    os.kill(product.nginx_master(), signal.SIGKILL)
+    killed = product.nginx_master()
+    os.kill(killed, signal.SIGKILL)
     (product.run_dir / "nginx.pid").write_text("no number\n")
     product.top.update({"gate": {"workers": 2}, "watch": False})
     product.write_config()
     note = product.run("reload").stdout
     product.process.send_signal(signal.SIGCONT)
     assert "nginx is restarting and will read the new file" in note
-    until(lambda: serves(product))
+    until(lambda: product.serves_again(killed))
     until(lambda: len(product.nginx_workers()) == 2)
     assert product.get("/probe/").status_code == 200
 
@@ -77,8 +70,9 @@ def test_a_gate_section_changed_by_hangup_with_a_stale_pid_file_ends_nothing(pro
     product.top["watch"] = False
     product.write_config()
     assert product.process is not None
+    before = product.loaded()
     product.process.send_signal(signal.SIGHUP)
-    until(lambda: "configuration loaded" in "".join(product.log[-10:]))
+    until(lambda: product.loaded() > before)
     (product.run_dir / "nginx.pid").write_text(f"{master}\n")
     until(lambda: len(product.nginx_workers()) == 2)
     assert product.backend() == backend

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import time
 
+from tests.ports import free_port, free_ports
 from tests.up.clients import ask_in_background
 from tests.waiting import until
 
@@ -44,7 +45,7 @@ def test_the_next_start_waits_out_a_backoff_that_grows(product):
     assert time.monotonic() - began >= 1 + 2 + 4
     assert count() == 4
     product.post("/admin/services/bad/start")
-    until(lambda: count() == 5, 3)
+    until(lambda: count() == 5, 5)  # the backoff is eight seconds by now
 
 
 def test_a_script_that_does_not_exist(product):
@@ -56,7 +57,7 @@ def test_a_script_that_does_not_exist(product):
 
 
 def test_a_service_that_never_becomes_healthy_is_given_up(product):
-    product.probe(load=3600, start_timeout=1)
+    product.probe(load=3600, start_timeout=6)
     product.up()
     answer = ask(product, "probe")[0]
     assert answer.status == 503
@@ -82,8 +83,8 @@ def test_a_stop_during_a_start_is_told_to_those_who_wait(product):
 
 
 def test_a_port_that_is_taken(product):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    port = free_port()
+    with socket.create_server(("127.0.0.1", port)):
         product.probe(remote_port=port)
         product.up()
         answer = ask(product, "probe", 1)[0]
@@ -94,21 +95,9 @@ def test_a_port_that_is_taken(product):
     until(lambda: product.get("/probe/").status_code == 200)
 
 
-def neighbours() -> tuple[socket.socket, socket.socket]:
-    """Two listening sockets on ports next to each other."""
-    while True:
-        first = socket.create_server(("127.0.0.1", 0))
-        try:
-            return first, socket.create_server(("127.0.0.1", first.getsockname()[1] + 1))
-        except OSError:
-            first.close()
-
-
 def test_an_automatic_port_that_is_taken_is_passed_over(product):
-    taken, free = neighbours()
-    with taken:
-        port = taken.getsockname()[1]
-        free.close()
+    port = free_ports(2)
+    with socket.create_server(("127.0.0.1", port)):
         product.probe(port_range=[port, port + 1])
         product.up()
         assert product.get("/probe/").status_code == 200

@@ -109,6 +109,9 @@ def test_no_request_reaches_a_replica_after_its_cancel(product):
         async with session(200) as client:
             clients = [asyncio.ensure_future(hammer(client, ended)) for _ in range(16)]
             for _ in range(15):
+                asked = len(product.noted("request"))
+                while len(product.noted("request")) < asked + 40:  # it is in full use
+                    await asyncio.sleep(0.02)
                 ready = product.info()["replicas"]
                 await asyncio.to_thread(product.post, "/admin/services/probe/stop")
                 while not newly_ready(await asyncio.to_thread(product.info), ready):

@@ -56,7 +56,7 @@ def test_paths_that_are_refused(limited, path, status, code):
 @pytest.mark.parametrize("token", [None, "Bearer wrong", "Bearer", "Basic abc"])
 def test_admin_calls_without_the_token_change_nothing(limited, path, token):
     headers = {} if token is None else {"Authorization": token}
-    answer = httpx.post(limited.url + path, headers=headers)
+    answer = httpx.post(limited.url + path, headers=headers, timeout=60)
     assert answer.status_code == 401
     assert answer.json()["type"].endswith("unauthorized")
     assert limited.info()["state"] == "cold"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 
 from tests.up.clients import Load, ask_in_background
 from tests.waiting import until
 
-GONE = r"prematurely closed|Connection refused|reset by peer"
+GONE = r"prematurely closed|Connection refused|reset by peer|Broken pipe"
 
 
 def test_after_the_service_was_killed_requests_are_held_and_a_new_process_answers(product):
@@ -52,12 +53,14 @@ def test_a_request_that_kills_the_service_each_time_ends_after_two(product):
 
 
 def test_a_service_that_answers_requests_but_no_health_checks_is_left_alone(product):
-    health = {"interval": 0.1, "timeout": 0.3, "failures": 2}
+    # On a busy machine a second may pass without an answer.
+    health = {"interval": 0.5, "timeout": 0.3, "failures": 4}
     product.probe(health=health, replace_after=1)
     product.up()
     product.get("/probe/sick")
+    began = time.monotonic()
     with Load(f"{product.url}/probe/slow?s=0.02", clients=2) as load:
-        until(lambda: load.sent > 150)
+        until(lambda: time.monotonic() - began > 2 * (4 * 0.5 + 1))
     assert load.failures == []
     assert len(product.noted("start")) == 1
 
