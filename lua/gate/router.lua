@@ -48,9 +48,10 @@ local function bad_escape(path)
     return false
 end
 
+-- Some services leave out what stands behind a semicolon: "..;x" is ".." to them.
 local function has_dot_segment(path)
-    local plain = path:gsub("%%2[eE]", ".")
-    return find(plain .. "/", "/%.%.?/") ~= nil
+    local plain = path:gsub("%%2[eE]", "."):gsub("%%3[bB]", ";")
+    return find(plain .. "/", "/%.%.?[;/]") ~= nil
 end
 
 --- Whether a raw path (without query) may be passed on.

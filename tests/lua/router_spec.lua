@@ -13,7 +13,7 @@ end
 describe("a path is passed on", function()
     for _, path in ipairs {
         "/", "/llm", "/llm/v1/x", "/llm/a.b/..c", "/llm/%20%41", "/llm//x/", "/llm/.../x",
-        "/llm/%252f",
+        "/llm/%252f", "/llm/...;x", "/llm/a;..",
     } do
         it("when it is " .. path, function()
             assert.is_true(router.safe(path))
@@ -25,7 +25,7 @@ describe("a path is refused", function()
     for _, path in ipairs {
         "", "llm", "*", "/llm/..", "/llm/../x", "/./x", "/llm/.", "/llm/%2e%2E/x", "/llm/.%2e",
         "/llm/%2e", "/llm%2fx", "/llm%5Cx", "/llm\\x", "/llm/%00", "/llm/%0a", "/llm/%7f",
-        "/llm/\1", "/llm/%zz", "/llm/%",
+        "/llm/\1", "/llm/%zz", "/llm/%", "/llm/..;/x", "/llm/.;a=1", "/llm/%2E%2e%3b/x",
     } do
         it("when it is " .. path:gsub("%c", "?"), function()
             assert.is_false(router.safe(path))

@@ -24,7 +24,7 @@ import pytest
 from slurmgate import openssh, procfs
 from slurmgate.errors import CannotStart, SlurmgateError
 from slurmgate.model import SshSpec
-from slurmgate.tunnels import Route, Tunnels, link
+from slurmgate.tunnels import Route, Tunnels, link, tellers
 from slurmgate.tunnels.routes import MARK
 from tests.slurm.sshd import HOST, Sshd, free_port
 from tests.waiting import until
@@ -448,12 +448,17 @@ def test_forwarding_prohibited_by_sshd_is_hopeless_and_says_the_remedy(bench, tm
         assert "PermitOpen" in text
 
 
-def test_an_unknown_node_name_is_hopeless(bench, shared_sshd):
+def test_an_unknown_node_name_is_hopeless(bench, shared_sshd, monkeypatch):
+    monkeypatch.setattr(tellers, "_DOUBTED", 0.1)  # without a network it is that a resolver is away
     tunnels, observer = bench.backend()
     endpoint = tunnels.open(KEY, Route(shared_sshd.ssh, "node.invalid", 80))
     until(lambda: tunnels.is_open(KEY))
-    poke(endpoint)
-    text, *_ = until(lambda: observer.of("hopeless"))
+
+    def told() -> list[str]:
+        poke(endpoint)
+        return observer.of("hopeless")
+
+    text, *_ = until(told)
     assert "cannot find the address of node.invalid" in text
 
 

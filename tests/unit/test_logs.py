@@ -89,6 +89,11 @@ def test_the_last_lines_of_an_open_log_leave_it_where_they_end(tmp_path):
         assert read_on(file) == b"three\n"
 
 
+def test_a_log_that_cannot_be_read_says_so(tmp_path):
+    assert logs.tail(tmp_path, 3) == [f"{tmp_path} cannot be read: Is a directory"]
+    assert logs.tail(tmp_path / "none.log", 3) == []
+
+
 def test_an_old_log_is_removed_with_its_earlier_part(tmp_path):
     for name in ("a.log", "a.log.1", "b.log", "b.log.1"):
         (tmp_path / name).touch()

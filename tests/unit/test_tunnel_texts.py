@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from unittest.mock import create_autospec
 
 import pytest
 
@@ -11,8 +12,10 @@ from slurmgate.model import SshSpec
 from slurmgate.tunnels import Route, routes
 from slurmgate.tunnels.children import Log
 from slurmgate.tunnels.link import backoff
+from slurmgate.tunnels.observer import TunnelObserver
 from slurmgate.tunnels.routes import Folders, Kind
 from slurmgate.tunnels.stderr import Meaning, Place, connection_failed, ended
+from slurmgate.tunnels.tellers import ReplicaTeller
 
 PLACE = Place("n1:20017", "login1")
 NODE = Place("127.0.0.1:20017", "n1", "/state/pins/n1@login1.known")
@@ -35,7 +38,7 @@ FOLDERS = Folders(Path("/run/t"), Path("/state/pins"))
             Meaning.HOPELESS,
             "login1 cannot find the address of n1",
         ),
-        ("connect failed: Temporary failure in name resolution", Meaning.HOPELESS, "address of n1"),
+        ("connect failed: Temporary failure in name resolution", Meaning.DOUBTFUL, "address of n1"),
         (
             "connect failed: No route to host",
             Meaning.HOPELESS,
@@ -51,6 +54,31 @@ def test_a_failed_connection_is_told_apart_by_ssh_own_words(words, meaning, said
     assert found is not None
     assert found.meaning is meaning
     assert said in found.text
+
+
+@pytest.mark.parametrize(
+    ("told", "given_up"),
+    [
+        ({0: "away", 1: "refused", 40: "away", 41: "refused"}, False),
+        ({0: "away", 29: "away"}, False),
+        ({0: "away", 1: "away", 100: "away", 101: "away"}, False),
+        (dict.fromkeys(range(0, 31, 5), "away"), True),
+        ({0: "unknown"}, True),
+    ],
+)
+def test_a_resolver_that_is_away_for_a_moment_is_no_reason_to_give_up(monkeypatch, told, given_up):
+    words = {
+        "away": "Temporary failure in name resolution",
+        "refused": "Connection refused",
+        "unknown": "Name or service not known",
+    }
+    observer = create_autospec(TunnelObserver)
+    teller = ReplicaTeller(observer, "r1", PLACE)
+    for at, word in told.items():
+        monkeypatch.setattr("time.monotonic", lambda at=at: 1000.0 + at)
+        line = f"channel 2: open failed: connect failed: {words[word]}"
+        teller.connection_failed(connection_failed(line, PLACE))
+    assert observer.hopeless.called is given_up
 
 
 @pytest.mark.parametrize("line", ["", "Welcome!", "channel 2: closed", "Connection refused"])

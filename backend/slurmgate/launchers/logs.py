@@ -27,12 +27,17 @@ _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f]")
 
 
 def tail(path: Path, lines: int, key: str | None = None) -> list[str]:
-    """Give the last lines of a log as plain text without ``key``; empty without such a file."""
+    """Give the last lines of a log as plain text without ``key``; none of one that is not there.
+
+    What a log says is never worth an error: one that cannot be read is told of in its place.
+    """
     try:
         with path.open("rb") as file:
             found = last_lines(file, lines, key)
     except FileNotFoundError:
         return []
+    except OSError as error:
+        return [f"{path} cannot be read: {error.strerror}"][:lines]
     return [clean(line) for line in found]
 
 

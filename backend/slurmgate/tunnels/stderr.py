@@ -14,8 +14,8 @@ from enum import StrEnum
 
 _CHANNEL = re.compile(r"channel (\d+): open failed: ([^:]+)(?:: (.*))?")
 _PROHIBITED = ("administratively prohibited", "unknown channel type")
+_NO_RESOLVER = "Temporary failure in name resolution"
 _UNKNOWN_NAME = (
-    "Temporary failure in name resolution",
     "Name or service not known",
     "No address associated with hostname",
     "Non-recoverable failure in name resolution",
@@ -46,6 +46,7 @@ class Meaning(StrEnum):
 
     REFUSED = "refused"  # nobody listens there yet
     HOPELESS = "hopeless"  # will not change by waiting
+    DOUBTFUL = "doubtful"  # hopeless if it does not pass soon
     LOCAL = "local"  # the local address cannot be listened on
     OTHER = "other"
 
@@ -87,10 +88,12 @@ def connection_failed(line: str, place: Place) -> Finding | None:
     if any(text in words for text in _PROHIBITED):
         text = f"{via} does not forward to {target}: {words}; its sshd_config must allow it"
         return Finding(Meaning.HOPELESS, f"{text} (AllowTcpForwarding yes, PermitOpen)")
-    if any(text in words for text in _UNKNOWN_NAME):
+    unknown = any(text in words for text in _UNKNOWN_NAME)
+    if unknown or _NO_RESOLVER in words:
         host = place.via if proxied else place.host
         text = f"{via} cannot find the address of {host}: {words}; its resolver must know that name"
-        return Finding(Meaning.HOPELESS, f"{text} (or NodeAddr in slurm.conf be an address)")
+        meaning = Meaning.HOPELESS if unknown else Meaning.DOUBTFUL
+        return Finding(meaning, f"{text} (or NodeAddr in slurm.conf be an address)")
     if any(text in words for text in _NO_ROUTE):
         text = f"{via} cannot reach {target}: {words}; open the port in the firewall between them"
         advice = "" if proxied or place.pins else ' or use "tunnel": "node-loopback"'

@@ -16,6 +16,8 @@ from slurmgate.tunnels.stderr import Finding, Meaning, Place
 log = logging.getLogger(__name__)
 
 _FORGIVEN = 60.0  # how long a login that worked before may be refused
+_DOUBTED = 30.0  # how long a trouble that may pass must last to be for good
+_PASSED = 10.0  # it has passed if nothing was heard of it for so long
 
 
 class Teller(Protocol):
@@ -47,6 +49,7 @@ class ReplicaTeller:
         self._hopeless: set[str] = set()
         self._worked = False
         self._refused_since: float | None = None
+        self._doubted: tuple[float, float] | None = None  # since when, and heard of last
 
     def opened(self) -> None:
         place = self._place
@@ -67,7 +70,11 @@ class ReplicaTeller:
 
     def connection_failed(self, found: Finding | None) -> None:
         self.count(found)
-        if found is not None and found.meaning is Meaning.HOPELESS:
+        if found is None:
+            return
+        if found.meaning is not Meaning.DOUBTFUL:
+            self._doubted = None
+        if found.meaning is Meaning.HOPELESS or self._lasts(found):
             self._give_up(found.text)
 
     def count(self, found: Finding | None) -> None:
@@ -82,6 +89,17 @@ class ReplicaTeller:
         if self._refused_since is None:
             self._refused_since = now
         return not self._worked or now - self._refused_since > _FORGIVEN
+
+    def _lasts(self, found: Finding) -> bool:
+        """Whether a trouble that may pass has not passed for long."""
+        if found.meaning is not Meaning.DOUBTFUL:
+            return False
+        now = time.monotonic()
+        since, heard = self._doubted or (now, now)
+        if now - heard > _PASSED:
+            since = now
+        self._doubted = since, now
+        return now - since >= _DOUBTED
 
     def _give_up(self, text: str) -> None:
         if text not in self._hopeless:
