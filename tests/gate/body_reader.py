@@ -2,38 +2,18 @@
 
 from __future__ import annotations
 
-import getpass
-import grp
 import http.client
 import json
-import os
-import signal
-import subprocess
 from pathlib import Path
 from typing import Any
 
-from slurmgate import nginx, share
-from tests.gate.harness import free_port, wait_until
+from tests.gate.small_nginx import SmallNginx
+from tests.ports import free_port
 
 CONFIG = """
-include /etc/nginx/modules-enabled/*.conf;
-daemon off;
-worker_processes 1;
-pid {folder}/nginx.pid;
-error_log {folder}/error.log warn;
-{user}
-events {{ }}
-http {{
-    lua_package_path "{lua}/?.lua;;";
     lua_check_client_abort on;
-    access_log off;
     keepalive_requests 1000000;
     client_max_body_size 0;
-    client_body_temp_path {folder}/body;
-    proxy_temp_path {folder}/proxy;
-    fastcgi_temp_path {folder}/fastcgi;
-    uwsgi_temp_path {folder}/uwsgi;
-    scgi_temp_path {folder}/scgi;
     init_by_lua_block {{
         local cjson = require "cjson.safe"
         local ffi = require "ffi"
@@ -128,7 +108,6 @@ http {{
             }}
         }}
     }}
-}}
 """
 
 EXPECTED_ERRORS = ("connect() failed (111: Connection refused)",)
@@ -136,39 +115,12 @@ PIECES = (1, 2, 3, 7, 16, 61)
 JSON_TYPE = "application/json"
 
 
-class BodyReader:
+class BodyReader(SmallNginx):
     """A small nginx that tells what the gate's modules find in a body."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.port = free_port()
-        user = ""
-        if os.geteuid() == 0:
-            user = f"user {getpass.getuser()} {grp.getgrgid(os.getegid()).gr_name};"
-        conf = folder / "nginx.conf"
-        conf.write_text(
-            CONFIG.format(
-                folder=folder, lua=share.lua_dir(), port=self.port, echo=free_port(), user=user
-            )
-        )
-        self.process = subprocess.Popen(
-            [nginx.find_nginx(), "-e", "stderr", "-c", str(conf)], start_new_session=True
-        )
-        self.connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
-        wait_until(self._listens, "nginx listens")
-
-    def _listens(self) -> bool:
-        assert self.process.poll() is None, "nginx ended"
-        try:
-            self.connection.connect()
-        except ConnectionRefusedError:
-            return False
-        return True
-
-    def stop(self) -> None:
-        self.connection.close()
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        port = free_port()
+        super().__init__(folder, port, CONFIG.format(port=port, echo=free_port()))
 
     def post(
         self, path: str, body: bytes, kind: str = JSON_TYPE, chunked: bool = False

@@ -2,41 +2,20 @@
 
 from __future__ import annotations
 
-import getpass
-import grp
-import http.client
-import os
-import signal
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from slurmgate import nginx, share
-from tests.gate.harness import free_port, wait_until
+from tests.gate.small_nginx import SmallNginx
+from tests.ports import free_port
 
 CONFIG = """
-include /etc/nginx/modules-enabled/*.conf;
-daemon off;
-worker_processes 1;
-pid {folder}/nginx.pid;
-error_log {folder}/error.log warn;
-{user}
-events {{ }}
-http {{
-    lua_package_path "{lua}/?.lua;;";
     lua_shared_dict sg_counts 1m;
     lua_shared_dict sg_state 1m;
     lua_shared_dict sg_keys 1m;
     lua_shared_dict sg_rates 1m;
     lua_shared_dict sg_pages 1m;
-    access_log off;
-    client_body_temp_path {folder}/body;
-    proxy_temp_path {folder}/proxy;
-    fastcgi_temp_path {folder}/fastcgi;
-    uwsgi_temp_path {folder}/uwsgi;
-    scgi_temp_path {folder}/scgi;
     init_by_lua_block {{ store = require "gate.store"; store.boot() }}
     init_worker_by_lua_block {{ store.join() }}
     server {{
@@ -49,7 +28,6 @@ http {{
             }}
         }}
     }}
-}}
 """
 Run = Callable[[str], str]
 
@@ -57,36 +35,18 @@ Run = Callable[[str], str]
 @pytest.fixture
 def run(folder: Path) -> Iterator[Run]:
     """Runs Lua in a worker that has a slot; gives what it returns."""
-    user = ""
-    if os.geteuid() == 0:
-        user = f"user {getpass.getuser()} {grp.getgrgid(os.getegid()).gr_name};"
-    port, conf = free_port(), folder / "store.conf"
-    conf.write_text(CONFIG.format(folder=folder, lua=share.lua_dir(), port=port, user=user))
-    process = subprocess.Popen(
-        [nginx.find_nginx(), "-e", "stderr", "-c", str(conf)], start_new_session=True
-    )
+    port = free_port()
+    nginx = SmallNginx(folder, port, CONFIG.format(port=port))
 
     def ask(lua: str) -> str:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-        try:
-            connection.request("POST", "/", lua.encode())
-            answer = connection.getresponse()
-            text = answer.read().decode()
-            assert answer.status == 200, (folder / "error.log").read_text()
-            return text
-        finally:
-            connection.close()
+        nginx.connection.request("POST", "/", lua.encode())
+        answer = nginx.connection.getresponse()
+        text = answer.read().decode()
+        assert answer.status == 200, (folder / "error.log").read_text()
+        return text
 
-    def listens() -> bool:
-        try:
-            return ask("return 1") == "1"
-        except ConnectionRefusedError:
-            return False
-
-    wait_until(listens, "nginx listens")
     yield ask
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    nginx.stop()
 
 
 def test_a_slot_that_another_freed_and_a_new_worker_took_is_not_freed_again(run: Run) -> None:
