@@ -31,7 +31,7 @@ from slurmgate.keyring import Keyring
 from slurmgate.launchers.process import ProcessLauncher
 from slurmgate.launchers.slurm import SlurmLauncher
 from slurmgate.model import Config, GateSpec, LauncherKind
-from slurmgate.reload import Reloader
+from slurmgate.reload import RESTART_THE_GATE, Reloader
 from slurmgate.sessions import remembered
 from slurmgate.ssh import Remotes
 from slurmgate.state import StateDir
@@ -96,6 +96,7 @@ def serve(options: BackendOptions) -> int:
                 (fresh, running),
             ),
             admit=lambda fresh: _check_token(state, fresh),
+            serving=lambda: None if options.supervised else control.view.gate,
             error=error,
         )
         reloader.start()
@@ -236,7 +237,7 @@ def _render_again(text: str, state: StateDir) -> list[str]:
     conf = nginx.conf_of(state)
     if conf.exists():
         nginx.write(text, conf)
-    return ["gate: changed; restart the gate to put it in force"]
+    return [RESTART_THE_GATE]
 
 
 def _check_gate(spec: GateSpec, before: GateSpec) -> None:

@@ -187,6 +187,8 @@ def status_table(info: dict[str, Any]) -> str:
         lines.append(f"configuration refused:\n{info['config']['error']}")
     if info["config"]["keys_error"]:
         lines.append(f"keys of clients: {info['config']['keys_error']}")
+    if info["config"]["gate_note"]:
+        lines.append(info["config"]["gate_note"])
     return "\n".join(lines)
 
 

@@ -56,6 +56,7 @@ class View:
     gate_seen: float
     gate_stored: int | None
     settled: bool = True
+    gate: str | None = None
 
     def find(self, name: str) -> Service:
         """Find a configured service by name, else by route; raise UnknownService."""
@@ -154,6 +155,7 @@ class Fleet:
             self._gate_seen,
             self._gate_stored,
             self._settled,
+            self._gate,
         )
 
     # -- deciding --------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from slurmgate.model import Config
 log = logging.getLogger(__name__)
 
 WATCH_EVERY = 0.5
+RESTART_THE_GATE = "gate: changed; restart the gate to put it in force"
 
 Signature = tuple[int, int, int, int]
 GateChange = Callable[[Config, Config], "Callable[[], list[str]]"]
@@ -30,6 +31,7 @@ class Reloader:
     """Holds the configuration in force, and what was wrong with the last one that was refused.
 
     ``admit`` raises ConfigError for one that this machine cannot put in force, before any part is.
+    ``serving`` names the gate that serves just now, if it reads its section only when it starts.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class Reloader:
         try_gate: GateChange,
         *,
         admit: Callable[[Config], None] = lambda config: None,
+        serving: Callable[[], str | None] = lambda: None,
         error: str | None = None,
     ) -> None:
         self.config = config
@@ -46,6 +49,8 @@ class Reloader:
         self.loaded_at = _now()
         self._apply = apply
         self._admit = admit
+        self._serving = serving
+        self._outdated_gate: str | None = None
         self._try_gate = try_gate
         self._lock = threading.Lock()
         self._closed = threading.Event()
@@ -59,6 +64,13 @@ class Reloader:
     def close(self) -> None:
         """Stop watching."""
         self._closed.set()
+
+    @property
+    def gate_note(self) -> str | None:
+        """What is still to be done to put the ``gate`` section in force."""
+        if self._outdated_gate is None or self._outdated_gate != self._serving():
+            return None
+        return RESTART_THE_GATE
 
     def reload(self) -> list[str]:
         """Read and apply the file; give notes for the operator.
@@ -93,6 +105,7 @@ class Reloader:
         if fresh.gate != running.gate:
             commit = self._try_gate(fresh, running)
             notes += commit()
+            self._outdated_gate = self._serving()
         self._apply(fresh, content)
         self.config = fresh
         return notes

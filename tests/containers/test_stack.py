@@ -75,8 +75,11 @@ def test_a_changed_gate_section_is_in_force_after_a_restart_of_the_gate(stack):
     stack.config["gate"]["max_body"] = 1000
     stack.configure()
     until(rendered)
+    restart = "gate: changed; restart the gate"
+    until(lambda: restart in stack.run("backend", "slurmgate", "status"))
     stack.compose("restart", "gate")
     stack.wait_until_healthy()
+    until(lambda: restart not in stack.run("backend", "slurmgate", "status"))
     assert httpx.post(f"{stack.url}/teller/large", content=bytes(1001)).status_code == 413
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from slurmgate import config as configuration
 from slurmgate.errors import BackendAway, ConfigError
-from slurmgate.reload import Reloader
+from slurmgate.reload import RESTART_THE_GATE, Reloader
 from tests.waiting import until
 
 
@@ -22,7 +22,8 @@ class Backend:
         self.faults = {}
         self.applied = []
         config = configuration.load(self.path)
-        self.reloader = Reloader(config, self._apply, self._try_gate)
+        self.gate: str | None = None
+        self.reloader = Reloader(config, self._apply, self._try_gate, serving=lambda: self.gate)
 
     def write(self, workers: int) -> None:
         fresh = self.path.with_suffix(".tmp")
@@ -59,6 +60,24 @@ def test_what_was_read_is_what_is_kept(backend):
     assert backend.reloader.reload() == ["from 1 to 2"]
     assert backend.applied == [(2, backend.path.read_bytes())]
     assert backend.reloader.config.gate.workers == 2
+
+
+def test_a_gate_that_reads_its_section_only_at_its_start_is_to_be_restarted_until_it_was(backend):
+    backend.gate = "first"
+    backend.write(1)
+    backend.reloader.reload()
+    assert backend.reloader.gate_note is None
+    backend.write(2)
+    backend.faults["commit"] = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(ConfigError):
+        backend.reloader.reload()
+    assert backend.reloader.gate_note is None
+    backend.reloader.reload()
+    for _ in range(2):
+        assert backend.reloader.gate_note == RESTART_THE_GATE
+        backend.reloader.reload()
+    backend.gate = "second"
+    assert backend.reloader.gate_note is None
 
 
 @pytest.mark.parametrize("step", ["try", "commit"])

@@ -33,7 +33,7 @@ def info(*replicas: dict[str, Any], reason: str | None = None) -> dict[str, Any]
     }
     return {
         "management_enabled": True,
-        "config": {"error": None, "keys_error": None},
+        "config": {"error": None, "keys_error": None, "gate_note": None},
         "services": [service],
         "strangers": [],
     }
@@ -86,3 +86,9 @@ def test_a_broken_file_of_keys_is_told():
     assert (
         status_table(told).splitlines()[-1] == "keys of clients: keys.json: there is no such file"
     )
+
+
+def test_a_gate_that_is_to_be_restarted_is_told():
+    told = info()
+    told["config"]["gate_note"] = "gate: changed; restart the gate to put it in force"
+    assert status_table(told).splitlines()[-1] == told["config"]["gate_note"]

@@ -54,6 +54,7 @@ def blueprint(
                     "loaded_at": reloader.loaded_at,
                     "error": _error(reloader.error, "the configuration", private=private),
                     "keys_error": _error(keyring.current.error, "the keys", private=private),
+                    "gate_note": reloader.gate_note if private else None,
                 },
                 "services": services,
                 "strangers": _strangers(control) if private else [],
