@@ -25,10 +25,10 @@ lab: setup-dev  ## a small Slurm cluster on this machine, and slurmgate on it (C
 
 test: setup-dev  ## every test that needs no container engine
 	busted --pattern=_spec --lpath='lua/?.lua' tests/lua
-	$(PYTEST) --numprocesses=2 --dist=loadfile --cov --cov-report=term-missing
+	$(PYTEST) --numprocesses=3 --dist=loadfile --cov --cov-report=term-missing
 
 test-slow: setup-dev  ## what takes minutes: real time limits, long schedules
-	$(PYTEST) --numprocesses=2 --dist=loadfile tests/slow
+	$(PYTEST) --numprocesses=3 --dist=loadfile tests/slow
 
 test-containers:  ## the same in containers; starts a Docker engine where none runs
 	@scripts/setup containers

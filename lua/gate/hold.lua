@@ -158,11 +158,7 @@ local function client_gone(var)
     return var.server_protocol ~= "HTTP/2.0" and client.gone()
 end
 
-local function wait(var, since)
-    if client_gone(var) then
-        return ngx.exit(CLIENT_GONE)
-    end
-    local waiter = rooms.join(var, var.sg_service == "" and rooms.UNKNOWN or var.sg_service, since)
+local function wait(var, waiter)
     local wish = refusal.wish()
     while true do
         registry.refresh()
@@ -241,8 +237,13 @@ end
 
 --- Wait for a replica; the access phase of @hold. Returns when the peer is chosen.
 function _M.wait(var)
+    if client_gone(var) then
+        return ngx.exit(CLIENT_GONE)
+    end
     -- What it waited until the heartbeats began is noted already.
-    return wait(var, var.sg_waited == "" and tonumber(var.sg_since) or clock.now())
+    local since = var.sg_waited == "" and tonumber(var.sg_since) or clock.now()
+    local name = var.sg_service == "" and rooms.UNKNOWN or var.sg_service
+    return wait(var, rooms.join(var, name, since))
 end
 
 -- Again --------------------------------------------------------------------------------------
@@ -272,30 +273,38 @@ end
 
 --- Decide about a request whose try failed: hold it again, or give up; the access phase of @again.
 function _M.again(var)
-    local since = clock.now()
-    local id = activity.drop_replica(var)
+    local since, id = clock.now(), var.sg_on
     local sent = tonumber(activity.last_of(var.upstream_bytes_sent)) or 0
     local service = registry.find(var.sg_service)
     local code = verdict(var, sent, service)
+    -- Before its slot is free: nobody else shall be sent there.
     if sent == 0 then
         balancer.connect_failed(id)
     elseif code ~= "upstream-timeout" then
         balancer.broke_off(id)
     end
     if code then
+        activity.drop_replica(var)
         return refuse(var, code)
     end
     if sent > 0 then
         note_sent(var, id)
     else
+        activity.drop_replica(var)
         ngx.sleep(RETRY_MIN_S + random() * (RETRY_MAX_S - RETRY_MIN_S))
     end
     if var.sg_since == "" then
         var.sg_since = since
     end
+    if client_gone(var) then
+        return ngx.exit(CLIENT_GONE)
+    end
     activity.begin_waiting(var, var.sg_service)
+    -- The others see its place before they see that its slot is free.
+    local waiter = rooms.join(var, var.sg_service, since)
+    activity.drop_replica(var)
     notifier.kick()
-    return wait(var, since)
+    return wait(var, waiter)
 end
 
 return _M
