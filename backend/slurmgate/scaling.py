@@ -258,11 +258,15 @@ def _in_queue(replica: Replica) -> bool:
 
 def _soon_left(service: Service, now: float) -> bool:
     """Is there room in a moment, as a job is just being cancelled, or will be as soon as its
-    submission is known? What takes long may never happen.
+    submission or its last lines are known? What takes long may never happen.
     """
     told = (
-        r.since if r.drain is not None and r.stopping_since is None else r.stopping_since
+        r.stopping_since if r.stopping_since is not None or not _to_leave(r) else r.since
         for r in service.replicas
         if _in_queue(r)
     )
     return any(since is not None and now - since < LEAVES_WITHIN for since in told)
+
+
+def _to_leave(replica: Replica) -> bool:
+    return replica.drain is not None or replica.phase is Phase.FAILED

@@ -82,7 +82,7 @@ def progress(service: Service) -> dict[str, Any] | None:
 
 def estimate(service: Service, now: float) -> float:
     """How many seconds a client that finds it cold will probably have to wait; of a service that
-    is ready and full nobody can say.
+    is ready and full nobody can say. A start that is late may well take as long again.
     """
     if any(r.routable for r in service.replicas):
         return DEFAULT_ESTIMATE
@@ -96,8 +96,12 @@ def estimate(service: Service, now: float) -> float:
     queued = [r.starts_at - now for r in service.replicas if _queued(r) and r.starts_at is not None]
     if queued:
         return max(1.0, min(queued)) + DEFAULT_ESTIMATE
-    launching = [now - r.created_at for r in service.replicas if r.phase in LAUNCHING]
-    return max(1.0, expected - max(launching, default=0.0))
+    launching = [now - _queued_since(r) for r in service.replicas if r.phase in LAUNCHING]
+    return max(1.0, abs(expected - max(launching, default=0.0)))
+
+
+def _queued_since(replica: Replica) -> float:
+    return replica.created_at if replica.queued_at is None else replica.queued_at
 
 
 def _start_expected(service: Service) -> int | None:
@@ -113,8 +117,9 @@ def _queued(replica: Replica) -> bool:
 def refusal(service: Service, now: float) -> dict[str, Any] | None:
     """Why no start is tried for a request at present; None when one is, or is under way.
 
-    Nor is there one while a replica is ready, though it may not be reached for a moment, or while
-    one is drained that demand takes back.
+    Nor is there one while a replica is ready, though it may not be reached for a moment, while
+    one is drained that demand takes back, or while the last lines of a start that was given up are
+    fetched: then the reason of that is told.
     """
     if scaling.going(service):
         return None
@@ -125,6 +130,8 @@ def refusal(service: Service, now: float) -> dict[str, Any] | None:
     failure = service.failure
     if failure is not None and service.backing_off(now):
         return {"code": failure.code, "reason": failure.reason, "log": list(failure.log)}
+    if any(r.phase is Phase.FAILED for r in service.replicas):
+        return None
     guard = scaling.guard(service, now)
     if guard is not None:
         return {"code": "cannot-start", "reason": guard.reason, "log": []}

@@ -505,6 +505,15 @@ def test_a_retry_after_counts_on_slurms_own_estimate():
     assert snapshot.estimate(waiting, NOW) >= 600
 
 
+def test_a_start_that_is_late_brings_nobody_back_each_second():
+    waiting = events.launched(submitted(), PENDING, NOW)
+    assert snapshot.estimate(waiting, NOW + 6) == 4
+    assert snapshot.estimate(waiting, NOW + 600) > 500
+    served = service(replica(created_at=NOW - 7200), demand=WAITING)
+    queued = events.seen(served, replace(PENDING, queued_at=NOW), NOW)
+    assert snapshot.estimate(queued, NOW + 4) == 6, "it waits anew"
+
+
 def test_a_silent_replica_is_not_replaced_while_its_login_host_is_away():
     silent = replica(health=Health.DOWN, down_since=NOW - 500, reconnected_at=NOW, progress="away")
     cut_off = service(silent, demand=Demand(in_flight=1))

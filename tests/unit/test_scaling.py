@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from slurmgate import events, nodes, scaling, snapshot, transitions
-from slurmgate.actions import Close, Launch, MarkReady, Reopen, Stop
+from slurmgate.actions import Close, GiveUp, Launch, MarkReady, Reopen, Stop
 from slurmgate.lifecycle import decide
 from slurmgate.model import End, Fault, Health, LauncherKind, Phase, ReplicaBounds
 from slurmgate.observed import (
@@ -15,6 +15,7 @@ from slurmgate.observed import (
     Drain,
     Need,
     Outcome,
+    Refusal,
     Replica,
     Service,
     ServiceReport,
@@ -323,6 +324,25 @@ def test_a_reload_while_all_jobs_wait_in_the_queue_refuses_nobody():
     stuck = snapshot.refusal(leaving, NOW + 60)
     assert stuck is not None
     assert "max_pending" in stuck["reason"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "lately"), [({"max_pending": 1}, ()), ({"max_starts_per_hour": 1}, (NOW - 60,))]
+)
+def test_those_who_wait_for_a_job_that_is_given_up_in_the_queue_hear_why_whatever_guards_say(
+    fields, lately
+):
+    queued = starting(id="r1", phase=Phase.PENDING, endpoint=None, running_at=None)
+    found = loaded(several(queued, high=1, fields=fields, launches=lately), NOW, waiting=1)
+    found = events.hopeless(found, "r1", Refusal("cannot-start", "JobHeldAdmin"))
+    (given_up,) = decide(found, NOW, NOW)
+    assert isinstance(given_up, GiveUp)
+    leaving = transitions.apply(found, given_up, NOW)
+    assert snapshot.refusal(leaving, NOW + 1) is None, "its last lines are being fetched"
+    assert "max_pending" not in (snapshot.reason(leaving, NOW + 1) or "")
+    told = snapshot.refusal(events.last_words(leaving, "r1", (), NOW + 1), NOW + 1)
+    assert told is not None
+    assert told["reason"] == "JobHeldAdmin"
 
 
 # nodes
