@@ -27,8 +27,9 @@ local WORDS_LIMIT = 50 -- of its Connection lines
 local HOST_LIMIT = 300
 local HOSTS_KEPT = 1000
 local TAB, NEWLINE, RETURN, SPACE = 9, 10, 13, 32
-local X, DASH, S, L = 120, 45, 115, 108
+local X, DASH, S, L, F = 120, 45, 115, 108, 102
 local OWN = "x-slurmgate-"
+local FORWARDED = "x-forwarded-"
 local NO_NAME = "[^%w!#$%%&'*+.^_`|~-]"
 
 -- How a request line may end; the others have lines that can be looked at.
@@ -73,8 +74,13 @@ end
 -- What only HTTP/1 has
 local OF_LINES = { ["connection"] = true, ["transfer-encoding"] = true }
 
+-- What nginx says of the way of a request itself, in their place
+local SAID = {
+    ["x-forwarded-for"] = true, ["x-forwarded-proto"] = true, ["x-forwarded-host"] = true,
+}
+
 -- What a walk finds, above the bits of what it has seen
-local GATES, NAMES, GAP = 128, 256, 512
+local GATES, NAMES, GAP, WAY = 128, 256, 512, 1024
 
 local NO_LINE = "A header line has no colon, or no proper end."
 local NOT_FRAMED = "HTTP/2 has no header '%s'."
@@ -143,11 +149,21 @@ local function is_own(name, size)
         and lower(ffi_string(name, #OWN)) == OWN
 end
 
-local function drop_own(count)
+-- One of the headers by which proxies tell where a request came from and who sent it.
+local function is_of_the_way(name, size)
+    if size <= #FORWARDED or lower_byte(name[0]) ~= X or name[1] ~= DASH
+        or lower_byte(name[2]) ~= F then
+        return false
+    end
+    local header = lower(ffi_string(name, size))
+    return sub(header, 1, #FORWARDED) == FORWARDED and not SAID[header]
+end
+
+local function drop(count, is_one)
     local names = {}
     for i = 0, count - 1 do
         local key = lines[i].key
-        if is_own(key.data, key.len) then
+        if is_one(key.data, key.len) then
             names[#names + 1] = ffi_string(key.data, key.len)
         end
     end
@@ -233,6 +249,8 @@ local function walk(count, after)
             marks = bor(marks, watched.bit)
         elseif is_own(name, size) then
             marks = bor(marks, GATES)
+        elseif is_of_the_way(name, size) then
+            marks = bor(marks, WAY)
         end
     end
     if in_lines and after[0] ~= RETURN then
@@ -242,9 +260,12 @@ local function walk(count, after)
 end
 
 -- What a walk found is looked at more closely, and taken away.
-local function clear(count, marks)
+local function clear(var, count, marks)
+    if band(marks, WAY) ~= 0 and var.sg_trusted ~= "1" then
+        drop(count, is_of_the_way)
+    end
     if band(marks, GATES) ~= 0 then
-        drop_own(count)
+        drop(count, is_own)
     end
     return band(marks, GAP) ~= 0 and problem_of_hidden()
         or band(marks, NAMES) ~= 0 and _M.strip() or nil
@@ -271,7 +292,7 @@ function _M.examine(var)
         problem = host_problem(sent, found)
     end
     if not problem and marks >= GATES then
-        problem = clear(count, marks)
+        problem = clear(var, count, marks)
     end
     return problem
 end

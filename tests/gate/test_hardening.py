@@ -122,6 +122,24 @@ def test_a_client_cannot_say_who_it_is(gate: Gate, backend: FakeBackend, echo: E
     assert "Forwarded" not in got
 
 
+WAY_HERE = {"X-Forwarded-Port": "1", "x-forwarded-prefix": "/evil", "X-Forwarded-User": "root"}
+
+
+def test_what_only_a_proxy_may_say_is_taken_from_others(
+    gate: Gate, backend: FakeBackend, echo: EchoService
+) -> None:
+    serve(backend, gate, echo)
+    others = {"X-Forwarded": "1", "X-Forward-Port": "2"}
+    got = received(gate.get("/llm/x", headers={**WAY_HERE, **others}))
+    assert not {name.lower() for name in WAY_HERE} & {name.lower() for name in got}
+    assert {name: got[name] for name in others} == others
+
+
+def test_what_a_trusted_proxy_says_besides_is_passed_on(behind_proxy: Gate) -> None:
+    got = received(behind_proxy.get("/llm/x", headers=WAY_HERE))
+    assert {name: got.get(name) for name in WAY_HERE} == WAY_HERE
+
+
 def test_a_trusted_proxy_is_believed(behind_proxy: Gate) -> None:
     said = {
         "X-Forwarded-For": "10.9.9.9, 198.51.100.7, 127.0.0.9",
