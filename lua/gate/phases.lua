@@ -57,6 +57,9 @@ local function pass(var, target, query)
     end
     activity.arrive(var, target, query)
     if service.max_in_flight > 0 and has_body(var) then
+        if #service.routable == 0 or rooms.busy(service) or balancer.full(service) then
+            return hold.enter(var, service) -- who has to wait, or is refused, need not send it yet
+        end
         ngx.req.read_body()
         service = registry.find(service.name) -- there may be another snapshot since
         if not service then

@@ -463,6 +463,24 @@ def test_held_bodies_are_bounded_whatever_the_method(
             one.result()
 
 
+@pytest.mark.parametrize("bound", [0, 1])
+def test_who_cannot_be_held_is_told_before_the_body_has_come(
+    gate: Gate, backend: FakeBackend, bound: int
+) -> None:
+    asking = CHUNKED.replace(
+        b"Transfer-Encoding: chunked", b"Expect: 100-continue\r\nContent-Length: 900000"
+    )
+    backend.publish(service(max_in_flight=bound, hold_timeout=15))
+    with ThreadPoolExecutor() as pool:
+        held = [pool.submit(gate.get, "/llm/x", "POST", b"x" * 900_000) for _ in range(3)]
+        wait_until(lambda: waiting(backend) == 3, "three wait")
+        assert b"HTTP/1.1 429 " in gate.raw(asking)
+        refusal = {"code": "start-failed", "reason": "", "log": [], "retry_after_s": 2.0}
+        backend.publish(service(max_in_flight=bound, refusal=refusal))
+        assert {one.result().status for one in held} == {503}
+    assert b"HTTP/1.1 503 " in gate.raw(asking)
+
+
 def test_bodies_of_unknown_length_take_turns_with_what_is_left(
     gate: Gate, backend: FakeBackend, echo: EchoService
 ) -> None:
