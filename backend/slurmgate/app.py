@@ -102,6 +102,9 @@ def serve(options: BackendOptions) -> int:
         reloader.start()
         keyring.start()
         sockets = _serve_sockets(state, _applications(state, control, reloader, keyring, instance))
+        if options.supervised:
+            refused = _catch_up(config, control, keyring, state, options)
+            reloader.error = reloader.error or refused
         log.info("backend of instance %s serves %d services", instance, len(config.services))
         heard = _wait(wishes, reloader, lambda: state.exists() and not _in_place(sockets))
         log.info("backend stops")
@@ -218,9 +221,14 @@ def _try_gate(
     if spec == before:
         return lambda: notes
     _check_gate(spec, before)
+    return _tried(nginx.render_for(spec, state), state, notes)
+
+
+def _tried(text: str, state: StateDir, notes: list[str]) -> Callable[[], list[str]]:
+    """Let nginx test a configuration; the result puts it in force."""
     conf = nginx.conf_of(state)
     candidate = conf.with_suffix(".new")
-    nginx.write(nginx.render_for(spec, state), candidate)
+    nginx.write(text, candidate)
     nginx.test(nginx.find_nginx(), candidate)
 
     def commit() -> list[str]:
@@ -230,6 +238,27 @@ def _try_gate(
         return [*notes, "gate: nginx is restarting and will read the new file"]
 
     return commit
+
+
+def _catch_up(
+    config: Config, control: Control, keyring: Keyring, state: StateDir, options: BackendOptions
+) -> str | None:
+    """Put a gate section in force that was changed while no backend ran; what is wrong with it."""
+    spec = config.gate if options.listen is None else replace(config.gate, listen=options.listen)
+    try:
+        text = nginx.render_for(spec, state)
+        if nginx.conf_of(state).read_text(encoding="utf-8") == text:
+            return None
+        _check_gate(spec, spec)
+        commit = _tried(text, state, [])
+        if config.keys_file is not None and not keyring.await_gate() and control.hears_gate():
+            raise ConfigError(["keys_file: the gate did not take the keys in time; try again"])
+        for note in commit():
+            log.warning("%s", note)
+    except (ConfigError, OSError) as error:
+        log.error("the changed gate section is refused, the running one stays:\n%s", error)
+        return str(error)
+    return None
 
 
 def _render_again(text: str, state: StateDir) -> list[str]:

@@ -83,14 +83,16 @@ class Session:
         return True
 
 
-def remember(path: Path, running: Mapping[str, Session]) -> None:
-    """Keep the sessions that run, by name, in a file; if that fails it is only logged."""
+def remember(path: Path, running: Mapping[str, Session]) -> bool:
+    """Keep the sessions that run, by name, in a file; False, and a log line, when that fails."""
     boot = procfs.boot_id()
     entries = {name: {**dataclasses.asdict(s), "boot": boot} for name, s in running.items()}
     try:
         write_atomic(path, json.dumps(entries).encode())
     except OSError as error:
         _LOG.warning("cannot write %s: %s", path, error.strerror)
+        return False
+    return True
 
 
 def remembered(path: Path) -> dict[str, Session]:

@@ -31,6 +31,7 @@ _LONGEST_DELAY = 5.0
 _STEADY_AFTER = 10.0
 _READY_POLL = 0.02
 _STILL_WAITING = 15.0
+_TELL_AGAIN = 5.0
 _PR_SET_PDEATHSIG = 1
 _HEARD = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 _LIBC = ctypes.CDLL(None, use_errno=True)  # loaded here, not between fork and exec
@@ -82,11 +83,13 @@ class Child:
 class Supervisor:
     """Used in a ``with``, which takes over the signals of the process and gives them back.
 
-    ``changed`` is called with the sessions that run whenever one was started or has ended.
+    ``changed`` is called with the sessions that run whenever one was started or has ended, and
+    again while it answers False: what could not be noted (a full disk) is noted later.
     """
 
-    def __init__(self, changed: Callable[[Mapping[str, Session]], None]) -> None:
+    def __init__(self, changed: Callable[[Mapping[str, Session]], bool]) -> None:
         self._changed = changed
+        self._tell_at: float | None = None
         self._children: list[Child] = []
         self._stops = 0
         self._handlers: dict[signal.Signals, object] = {}
@@ -196,6 +199,8 @@ class Supervisor:
     def _turn(self, seconds: float | None, other: int | None = None) -> None:
         """Wait for a signal, the ``other`` descriptor or a restart that is due; act on it."""
         due = [c.restart_at for c in self._children if c.restart_at is not None]
+        if self._tell_at is not None:
+            due.append(self._tell_at)
         if due:
             left = max(0.0, min(due) - time.monotonic())
             seconds = left if seconds is None else min(seconds, left)
@@ -212,6 +217,8 @@ class Supervisor:
         for child in self._children:
             if child.restart_at is not None and child.restart_at <= now:
                 self._restart(child)
+        if self._tell_at is not None and self._tell_at <= now:
+            self._tell()
 
     def _reload(self) -> None:
         for child in self._children:
@@ -279,7 +286,7 @@ class Supervisor:
 
     def _tell(self) -> None:
         running = {c.spec.name: c.session for c in self._children if c.session is not None}
-        self._changed(running)
+        self._tell_at = None if self._changed(running) else time.monotonic() + _TELL_AGAIN
 
 
 def _heard(number: int, frame: FrameType | None) -> None:

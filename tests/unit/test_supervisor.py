@@ -28,9 +28,12 @@ ctypes.CDLL(None).prctl(36, 1)  # orphans come to us, as they do to process 1 of
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 
 def changed(running):
+    if (folder / "full").exists():
+        return False
     fresh = folder / "running.new"
     fresh.write_text(json.dumps({k: [v.pid, v.start] for k, v in running.items()}))
     fresh.replace(folder / "running")
+    return True
 
 def spec(name, body):
     return ChildSpec(
@@ -263,6 +266,18 @@ def test_what_runs_is_told_by_pid_and_start_time(drive):
     driver.process.terminate()
     driver.process.wait(20)
     assert (driver.folder / "running").read_text() == "{}"
+
+
+def test_a_child_that_could_not_be_noted_is_noted_once_there_is_room(drive):
+    driver = drive(a=f"echo $$ >> a.pids; touch a.ready; {STAY}")
+    assert driver.line() == "ready"
+    (driver.folder / "full").touch()
+    os.kill(int(driver.word("a.pids")[0]), signal.SIGKILL)
+    fresh = int(driver.wait_for("a.pids", 2)[1])
+    until(lambda: f"process {fresh}" in driver.log)
+    (driver.folder / "full").unlink()
+    running = driver.folder / "running"
+    until(lambda: json.loads(running.read_text()) == {"a": [fresh, procfs.start_time(fresh)]})
 
 
 # sessions

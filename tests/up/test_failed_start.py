@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import socket
+import sys
 import time
 
 from tests.ports import free_port, free_ports
 from tests.up.clients import ask_in_background
+from tests.up.product import PROBE
 from tests.waiting import until
 
 
@@ -114,3 +116,14 @@ def test_a_disk_that_is_full_starts_nothing_and_says_why(product):
     assert product.noted("start") == []
     (product.state_dir / "replicas").unlink()
     (product.state_dir / "replicas").mkdir()
+
+
+def test_a_port_that_somebody_took_after_it_was_chosen_fails_nobody(product):
+    script = product.script(
+        "taken.sh",
+        'if mkdir once; then echo "OSError: [Errno 98] Address already in use"; exit 1; fi\n'
+        f'exec "{sys.executable}" "{PROBE}" "$1"',
+    )
+    product.service("taken", script)
+    product.up()
+    assert product.get("/taken/").status_code == 200

@@ -24,10 +24,10 @@ from pathlib import Path
 
 from slurmgate import procfs, upstream_keys
 from slurmgate.errors import StartRefused
-from slurmgate.launchers import local_port, logs, spawn
+from slurmgate.launchers import local_port, logs, slurm_states, spawn
 from slurmgate.launchers.log_keeper import LogKeeper
 from slurmgate.launchers.watcher import Watcher
-from slurmgate.model import End, Exit, LauncherKind, Phase, ServiceSpec, Sighting, Stranger
+from slurmgate.model import End, Exit, Fault, LauncherKind, Phase, ServiceSpec, Sighting, Stranger
 from slurmgate.ports import Adoption, Observer
 from slurmgate.records import Record, Records
 from slurmgate.state import StateDir
@@ -40,6 +40,7 @@ MARKS = ("SLURMGATE_OWNER", "SLURMGATE_REPLICA")
 _KILL_AFTER = 10.0
 _KILL_PATIENCE = 5.0  # how long processes may take to vanish after SIGKILL
 _LOGS_KEPT = 20
+_LAST_LINES = 50  # where a service says that its port is taken
 
 
 @dataclass(slots=True)
@@ -51,6 +52,7 @@ class _Replica:
     told: Observer | None
     record: Record | None = None
     stopping: bool = False
+    chosen: bool = False  # the port: another one may do better
 
 
 class ProcessLauncher:
@@ -164,7 +166,8 @@ class ProcessLauncher:
                 raise StartRefused("the backend is stopping")
             held = {entry.port for entry in self._replicas.values()}
             port = local_port.choose(spec, held)
-            self._replicas[replica] = _Replica(spec.name, port, self._observer)
+            chosen = spec.remote_port is None
+            self._replicas[replica] = _Replica(spec.name, port, self._observer, chosen=chosen)
             return port
 
     def _await_fixed_port(self, spec: ServiceSpec) -> None:
@@ -270,7 +273,15 @@ class ProcessLauncher:
             entry = self._replicas.pop(replica)
             self._changed.notify_all()
         if entry.told is not None:
-            entry.told.ended(replica, End(f"the service {end.describe()}"))
+            entry.told.ended(replica, self._end(replica, entry, end))
+
+    def _end(self, replica: str, entry: _Replica, end: Exit) -> End:
+        """Between the choice of a port and its use somebody else may have taken it."""
+        if entry.chosen and end.code:
+            lines = self.log_tail(replica, _LAST_LINES)
+            if slurm_states.port_taken(lines, entry.port):
+                return End(f"port {entry.port} is taken", Fault.PORT)
+        return End(f"the service {end.describe()}")
 
     def _adopt(self, record: Record) -> Sighting | None:
         found = self._find(record)
