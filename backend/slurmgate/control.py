@@ -226,6 +226,7 @@ class Control:
         try:
             event()
             self._tick()
+            self._notice_standstill()
             effects = self._fleet.settle(self._clock())
             self.view = self._fleet.view()
             self._reported.set()
@@ -244,7 +245,7 @@ class Control:
         began, self._turned = self._turned, self._clock()
         if self._turned - began > STOOD_STILL:
             log.warning("this backend stood still for %.0f s", self._turned - began)
-            self._fleet.stood_still(self._turned - began)
+            self._fleet.stood_still(self._turned - began, self._turned)
 
     def _tick(self) -> None:
         """Now and then look at what only time has changed."""

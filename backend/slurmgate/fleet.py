@@ -361,9 +361,9 @@ class Fleet:
             if changed != service:  # of hundreds most are told of without news
                 self._set(name, changed)
 
-    def stood_still(self, seconds: float) -> None:
+    def stood_still(self, seconds: float, now: float) -> None:
         """For so long nobody could have been heard: it is no silence of the gate's."""
-        self._gate_seen += seconds
+        self._gate_seen = min(now, self._gate_seen + seconds)
 
     def _gate_takes_over(self, gate: str) -> bool:
         """Another gate reports: counts of the former end with it, and it is never heard again."""

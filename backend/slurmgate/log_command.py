@@ -44,7 +44,7 @@ def run_logs(args: argparse.Namespace) -> int:
         )
     newest = seen[-1]
     with newest.open("rb") as file:
-        _show(b"".join(line + b"\n" for line in logs.last_lines(file, args.n)))
+        _show(b"".join(line + b"\n" for line in logs.last_lines(file, args.n, most=sys.maxsize)))
         if args.f:
             _follow(file, folder, set(seen))
     return 0

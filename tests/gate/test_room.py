@@ -17,7 +17,7 @@ import pytest
 from tests.gate.harness import EchoService, FakeBackend, Gate, replica, service, wait_until
 
 TAKE_S = 0.01
-GO_ON_S = 4.0  # after a worker's death; far less on a machine that is not busy
+GO_ON_S = 3.0  # after a worker's death; far less on a machine that is not busy
 
 
 class Slots(EchoService):

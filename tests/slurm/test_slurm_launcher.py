@@ -681,7 +681,7 @@ def test_a_service_that_dies_while_it_loads_is_noticed_soon(lab, boot):
     backend = boot(spec)
     backend.launcher.launch(spec, "r1")
     reached = backend.ears.until_phase("r1", Phase.STARTING)
-    until(lambda: answers(reached) or backend.ears.ends, 18)  # at rest one is listed every 15 s
+    until(lambda: answers(reached) or backend.ears.ends, 14)  # at rest one is listed every 15 s
     assert backend.ears.until_end("r1").reason == "the service exited with code 4"
 
 

@@ -6,6 +6,8 @@ import time
 from pathlib import Path
 from typing import cast
 
+import pytest
+
 from slurmgate.control import Control
 from slurmgate.fleet import Report
 from slurmgate.model import Config, GateSpec, Health, LauncherKind, Phase
@@ -40,7 +42,8 @@ class NoHistory:
         """Nothing to do."""
 
 
-def test_a_backend_that_stood_still_does_not_take_its_own_silence_for_the_gates():
+@pytest.mark.parametrize("during", ["a wait", "an event"])
+def test_a_backend_that_stood_still_does_not_take_its_own_silence_for_the_gates(during):
     ahead = 0.0
     launcher = Noting()
     control = Control(
@@ -60,8 +63,16 @@ def test_a_backend_that_stood_still_does_not_take_its_own_silence_for_the_gates(
     try:
         report()
         assert control.view.services[0].replicas[0].phase is Phase.READY
-        ahead = 400.0
         seen = control.view.gate_seen
+
+        def stand_still() -> None:
+            nonlocal ahead
+            ahead = 400.0
+
+        if during == "an event":
+            control.hear(stand_still)
+        else:
+            stand_still()
         until(lambda: control.view.gate_seen != seen or launcher.stopped)
         report()
         assert control.view.services[0].replicas[0].phase is Phase.READY

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import stat
 import subprocess
 from collections.abc import Iterator
@@ -64,15 +63,49 @@ def test_a_log_is_cut_even_if_there_is_no_room_for_what_it_had(monkeypatch, capl
     log, earlier = tmp_path / "k3f9.log", tmp_path / "k3f9.log.1"
     log.write_text("line\n" * 10)
 
-    def full(_: Path, target: Path) -> None:
+    def full(_path: Path, _left: int, _end: int, target: Path) -> None:
         target.write_text("li")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shutil, "copy2", full)
+    monkeypatch.setattr(logs, "_copy", full)
     logs.bound(log, 10)
     assert log.read_text() == ""
     assert not earlier.exists()
     assert "No space left on device" in caplog.text
+
+
+def test_of_very_much_only_the_end_is_kept(monkeypatch, tmp_path):
+    log, earlier = tmp_path / "k3f9.log", tmp_path / "k3f9.log.1"
+    monkeypatch.setattr(logs, "_KEPT", 10)
+    log.write_text("one\ntwo\nthree\nfour\n")
+    logs.bound(log, 8)
+    assert earlier.read_text() == "hree\nfour\n"
+    assert log.read_text() == ""
+
+
+def test_a_copy_does_not_run_after_a_writer_that_is_faster(monkeypatch, tmp_path):
+    log, earlier = tmp_path / "k3f9.log", tmp_path / "k3f9.log.1"
+    log.write_text("line\n" * 10)
+    copy = logs._copy
+
+    def written_meanwhile(path: Path, left: int, end: int, target: Path) -> None:
+        with path.open("a") as writer:
+            writer.write("more\n" * 10)
+        copy(path, left, end, target)
+
+    monkeypatch.setattr(logs, "_copy", written_meanwhile)
+    logs.bound(log, 10)
+    assert earlier.read_text() == "line\n" * 10
+
+
+def test_lines_of_the_earlier_part_never_stand_before_a_gap(monkeypatch, tmp_path):
+    log = tmp_path / "k3f9.log"
+    monkeypatch.setattr(logs, "_BLOCK", 8)
+    log.with_name("k3f9.log.1").write_text("old\n")
+    log.write_text("one\ntwo\nsix\nten\n")
+    with log.open("rb") as file:
+        assert logs.last_lines(file, 9, most=8) == [b"six", b"ten"]
+        assert logs.last_lines(file, 9) == [b"old", b"one", b"two", b"six", b"ten"]
 
 
 def test_the_last_lines_of_an_open_log_leave_it_where_they_end(tmp_path):

@@ -416,6 +416,7 @@ def test_nothing_is_listed_at_rest_without_jobs(boot, slurm, ears):
         return slurm.asked["list"] == asked
 
     until(at_rest)  # one listing may have been under way
+    assert at_rest()
 
 
 def test_a_listing_with_a_damaged_line_of_ours_declares_nothing_gone(boot, slurm, ears):

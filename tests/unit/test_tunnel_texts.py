@@ -63,6 +63,7 @@ def test_a_failed_connection_is_told_apart_by_ssh_own_words(words, meaning, said
         ({0: "away", 29: "away"}, False),
         ({0: "away", 1: "away", 100: "away", 101: "away"}, False),
         (dict.fromkeys(range(0, 31, 5), "away"), True),
+        (dict.fromkeys(range(0, 63, 21), "away"), True),  # two name servers that say nothing
         ({0: "unknown"}, True),
     ],
 )

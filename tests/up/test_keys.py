@@ -17,7 +17,7 @@ from tests.up.clients import ask_in_background
 from tests.up.product import free_port
 from tests.waiting import until
 
-SOON = 6  # seconds: three times what is promised, for machines that are busy
+SOON = 4  # seconds: twice what is promised, for machines that are busy
 MANY = 10_000  # keys, so many that reading them takes longer than an nginx reload
 NO_KEYS = r"keys: .*there is no such file"
 

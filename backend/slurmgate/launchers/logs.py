@@ -10,7 +10,6 @@ import contextlib
 import logging
 import os
 import re
-import shutil
 from collections.abc import Container
 from pathlib import Path
 from typing import BinaryIO
@@ -20,7 +19,8 @@ from slurmgate import upstream_keys
 _LOG = logging.getLogger(__name__)
 
 _BLOCK = 64 * 1024
-_MOST = 4 * 1024 * 1024  # never read more of a file, however few line ends there are
+_MOST = 4 * 1024 * 1024  # of a file, however few line ends there are
+_KEPT = 64 * 1024 * 1024  # never keep more bytes of what a log had before
 _LINE_MAX = 2000
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f]")
@@ -41,20 +41,23 @@ def tail(path: Path, lines: int, key: str | None = None) -> list[str]:
     return [clean(line) for line in found]
 
 
-def last_lines(file: BinaryIO, lines: int, key: str | None = None) -> list[bytes]:
+def last_lines(
+    file: BinaryIO, lines: int, key: str | None = None, most: int = _MOST
+) -> list[bytes]:
     """Give the last lines of an open log without their ends, and without ``key``.
 
-    The file is left at the end of what was read.
+    Not more than about ``most`` bytes of a file are read. It is left at the end of what was read.
     """
-    raw = upstream_keys.hide(_last_bytes(file, lines), key)
+    read = _last_bytes(file, lines, most)
+    raw = upstream_keys.hide(read, key)
     found = raw.removesuffix(b"\n").split(b"\n")[-lines:] if raw and lines > 0 else []
     missing = lines - len(found)
-    if missing > 0:
+    if missing > 0 and len(read) == file.tell():  # else what is missing is of this file
         with (
             contextlib.suppress(FileNotFoundError),
             _earlier(Path(file.name)).open("rb") as earlier,
         ):
-            return last_lines(earlier, missing, key) + found
+            return last_lines(earlier, missing, key, most) + found
     return found
 
 
@@ -74,20 +77,35 @@ def bound(path: Path, limit: int) -> None:
     """Move what a log has to where its earlier part is, if it has over ``limit`` bytes.
 
     Its writer goes on in the same file, which is opened for appending. What it writes between the
-    copy and the cut is lost. If there is no room for the copy the log is cut all the same.
+    copy and the cut is lost, and of very much only the end is kept: however fast it is, the copy
+    does not run after it. If there is no room for the copy the log is cut all the same.
     """
     try:
-        if path.stat().st_size <= limit:
+        size = path.stat().st_size
+        if size <= limit:
             return
     except FileNotFoundError:  # its folder was cleared by hand
         return
     earlier = _earlier(path)
     try:
-        shutil.copy2(path, earlier)
+        _copy(path, min(size, _KEPT), size, earlier)
     except OSError as error:
         _LOG.warning("%s is cut without keeping what it had: %s", path, error.strerror)
         earlier.unlink(missing_ok=True)
     os.truncate(path, 0)
+
+
+def _copy(path: Path, left: int, end: int, target: Path) -> None:
+    """Copy the last ``left`` bytes before ``end``."""
+    with path.open("rb") as source, open(target, "wb", opener=_private) as copy:
+        source.seek(end - left)
+        while left > 0 and (block := source.read(min(_BLOCK, left))):
+            copy.write(block)
+            left -= len(block)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _earlier(path: Path) -> Path:
@@ -111,12 +129,12 @@ def _modified(path: Path) -> float:
         return 0.0
 
 
-def _last_bytes(file: BinaryIO, lines: int) -> bytes:
+def _last_bytes(file: BinaryIO, lines: int, most: int) -> bytes:
     """Read back from the end until there are enough line ends."""
     end = position = file.seek(0, os.SEEK_END)
     blocks: list[bytes] = []
     size = ends = 0
-    while position > 0 and ends <= lines and size < _MOST:
+    while position > 0 and ends <= lines and size < most:
         step = min(_BLOCK, position)
         position = file.seek(position - step)
         blocks.append(file.read(step))

@@ -17,7 +17,8 @@ log = logging.getLogger(__name__)
 
 _FORGIVEN = 60.0  # how long a login that worked before may be refused
 _DOUBTED = 30.0  # how long a trouble that may pass must last to be for good
-_PASSED = 10.0  # it has passed if nothing was heard of it for so long
+_PASSED = 30.0  # it has passed if nothing was heard of it for so long: who asks name servers
+# that are silent hears of it after ten seconds for each of them
 
 
 class Teller(Protocol):
