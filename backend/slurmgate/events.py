@@ -32,6 +32,7 @@ SETTLED_AFTER = 10.0
 SAME_MOMENT = 0.02
 PORTS_TRIED = 5
 SAME_END = 30.0
+ANSWERED = "last poll: status "  # so the gate's words begin where the service answered
 LEFT = frozenset({Phase.FAILED, Phase.STOPPING})
 
 
@@ -314,7 +315,7 @@ def last_words(
 ) -> Service:
     """The log of a replica whose start was given up is here: say so to everybody who waits.
 
-    ``hint`` is what its launcher can add to the reason.
+    ``hint`` is what its launcher can add to the reason, unless the service has answered since.
     """
     found = service.replica(replica_id)
     if found is None or found.phase is not Phase.FAILED:
@@ -322,7 +323,7 @@ def last_words(
     ending = replace(found, phase=Phase.STOPPING, since=now, stopping_since=now)
     stopping = with_replica(service, ending)
     reason = found.reason or ""
-    if hint is not None and hint not in reason:
+    if hint is not None and hint not in reason and not found.health_detail.startswith(ANSWERED):
         reason = f"{reason}; {hint}" if reason else hint
     code = "start-failed" if found.hopeless is None else found.hopeless.code
     return failed(stopping, found, code, reason, log, now)

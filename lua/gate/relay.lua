@@ -88,7 +88,8 @@ end
 
 -- The answer from there -----------------------------------------------------------------------
 
--- One line of the head; while there is none, comment lines go out.
+-- One line of the head; while there is none, comment lines go out. Without one: nil, why, and what
+-- came of it.
 local function await_line(var, sock, rhythm)
     local kept = ""
     while true do
@@ -97,7 +98,7 @@ local function await_line(var, sock, rhythm)
         if line then
             return kept .. line
         elseif err ~= "timeout" then
-            return nil, err
+            return nil, err, kept .. (part or "")
         end
         kept = kept .. (part or "")
         beat(var)
@@ -105,9 +106,11 @@ local function await_line(var, sock, rhythm)
     end
 end
 
--- Status and headers of the next head; none for one that only says to go on.
+-- Status and headers of the next head; none for one that only says to go on. Without one: nil, why,
+-- and whether nothing at all came.
 local function await_head(var, sock, rhythm)
-    local line, err = await_line(var, sock, rhythm)
+    local line, err, part = await_line(var, sock, rhythm)
+    local silent = part == ""
     local status = line and tonumber(line:match("^HTTP/1%.1 (%d%d%d)"))
     local headers = {}
     while status do
@@ -121,7 +124,7 @@ local function await_head(var, sock, rhythm)
         end
         headers[name:lower()] = value
     end
-    return nil, err or "no answer"
+    return nil, err or "no answer", silent
 end
 
 local function next_chunk(sock)
@@ -186,31 +189,53 @@ local function fail(var, code)
     return say(events.failure(var.sg_api, status, text))
 end
 
--- Ask the inner listener; status and headers of its answer.
+-- Ask the inner listener; status and headers of its answer. Without one: nil, why, and whether
+-- nothing was heard of the request.
 local function ask(var, sock, body, rhythm)
     local ok, err = inner.send_head(var, sock, body)
-    local status, headers
-    if ok then
-        status, headers = await_head(var, sock, rhythm)
+    if not ok then
+        return nil, err, true
     end
+    local status, headers, silent = await_head(var, sock, rhythm)
     if status == CONTINUE then
         activity.hand_over(var)
         ok, err = inner.send_body(sock, body)
-        if ok then
-            status, headers = await_head(var, sock, rhythm)
+        if not ok then
+            return nil, err, true
         end
+        status, headers, silent = await_head(var, sock, rhythm)
     end
-    if not ok or not status then
-        return nil, err or headers
+    return status, headers, silent
+end
+
+-- The worker that had the inner request was killed: another one may have it anew. A replica may
+-- have had it, so it counts as sent again.
+local function open_again(var)
+    local service = registry.find(var.sg_service)
+    local replays = tonumber(var.sg_replays) or 0
+    if not service or replays >= service.replay then
+        return nil
     end
-    return status, headers
+    var.sg_replays = replays + 1
+    return inner.open(var)
 end
 
 local function relay(var, sock, body, rhythm)
-    local status, headers = ask(var, sock, body, rhythm)
+    local status, headers, silent
+    while sock do
+        status, headers, silent = ask(var, sock, body, rhythm)
+        if status then
+            break
+        end
+        ngx.log(ngx.WARN, "inner request: ", headers)
+        sock:close()
+        sock = nil
+        if silent then
+            sock, body = open_again(var)
+        end
+    end
     activity.end_waiting(var) -- the body's bytes: a replica has it from here on, or none will
     if not status then
-        ngx.log(ngx.WARN, "inner request: ", headers)
         return fail(var, "upstream-failed")
     end
     inner.await(sock, SILENT_S)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
+import signal
 import socket
 import ssl
 import threading
@@ -544,6 +546,25 @@ def test_a_reload_and_a_backend_that_restarts_leave_streams_alone(
     wait_until(lambda: not before & set(gate.workers()), "old workers gone")
     wait_until(lambda: nothing_held(backend), "counts given back")
     assert note(backend)["requests"] == 40
+
+
+def test_a_killed_worker_ends_no_stream_of_another(
+    gate: Gate, backend: FakeBackend, echo: StreamService
+) -> None:
+    gate.expected_errors += ["signal 9", "recv() failed"]
+    backend.publish(cold())
+    streams = [Stream(gate) for _ in range(40)]
+    for stream in streams:
+        stream.comment()
+    waits(backend, 40)
+    before = gate.workers()
+    os.kill(before[0], signal.SIGKILL)
+    wait_until(lambda: before[0] not in gate.workers() and len(gate.workers()) == 2, "a new one")
+    backend.publish(ready(replica(echo.port)))
+    answers = [stream.rest() for stream in streams]
+    # Nothing more came from the killed one.
+    assert all(text == b"" or text.endswith(EVENTS) for text in answers)
+    wait_until(lambda: nothing_held(backend), "counts given back")
 
 
 def test_many_streams_are_all_released(

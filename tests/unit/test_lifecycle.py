@@ -371,6 +371,14 @@ def test_time_in_the_queue_is_no_start_time():
     assert decide(waiting, NOW, NOW + 86_400) == ()
 
 
+def test_of_a_service_that_answered_in_the_end_nobody_is_told_that_nothing_listened():
+    loading = starting(health=Health.DOWN, health_detail="last poll: status 503")
+    given_up = transitions.apply(service(loading), GiveUp("r1", "not healthy"), NOW)
+    told = events.last_words(given_up, "r1", (), NOW, "nothing listened on n1:8000")
+    assert told.failure is not None
+    assert told.failure.reason == "not healthy"
+
+
 def test_a_queue_timeout_ends_the_wait_in_the_queue():
     waiting = events.launched(submitted(spec=spec(queue_timeout=60.0)), PENDING, NOW)
     assert decide(waiting, NOW, NOW + 59) == ()
