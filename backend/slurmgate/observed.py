@@ -297,7 +297,16 @@ def counted(service: Service, outcome: str) -> Service:
 
 
 def recorded(service: Service, start: Start) -> Service:
-    """Keep what became of a start; only the first word about each counts."""
+    """Keep what became of a start; only the first word about each counts.
+
+    Half of what is kept is for those that succeeded: a night of failures must not take away what
+    is known of how long a start takes.
+    """
     if any(known.replica == start.replica for known in service.recent):
         return service
-    return replace(service, recent=(*service.recent, start)[-RECENT_STARTS:])
+    recent = (*service.recent, start)
+    if len(recent) > RECENT_STARTS:
+        good = [known.outcome is Outcome.READY for known in recent]
+        oldest = good.index(2 * sum(good) > RECENT_STARTS)
+        recent = recent[:oldest] + recent[oldest + 1 :]
+    return replace(service, recent=recent)

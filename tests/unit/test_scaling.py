@@ -20,6 +20,7 @@ from slurmgate.observed import (
     Service,
     ServiceReport,
     Start,
+    recorded,
 )
 from tests.unit.builders import NOW, replica, service, sighting, spec, starting
 
@@ -343,6 +344,20 @@ def test_those_who_wait_for_a_job_that_is_given_up_in_the_queue_hear_why_whateve
     told = snapshot.refusal(events.last_words(leaving, "r1", (), NOW + 1), NOW + 1)
     assert told is not None
     assert told["reason"] == "JobHeldAdmin"
+
+
+def test_a_night_of_failed_starts_does_not_make_hand_overs_come_late():
+    took = tuple(Start("LLM", f"s{n}", NOW, Outcome.READY, 600.0, 600.0) for n in range(5))
+    found = several(ends("r1", 1200), high=1, recent=took)
+    for number in range(200):
+        away = transitions.launching(found, f"f{number}", NOW)
+        found = events.launch_failed(away, f"f{number}", "cannot-start", "host away", NOW)
+    assert launches(loaded(replace(found, failure=None), NOW, in_flight=1)) == 1
+    assert len(found.recent) == 100
+    for number in range(200):
+        found = recorded(found, Start("LLM", f"g{number}", NOW, Outcome.READY, 1.0, 1.0))
+    assert sum(start.outcome is Outcome.FAILED for start in found.recent) == 50
+    assert found.recent[-1].replica == "g199"
 
 
 # nodes
