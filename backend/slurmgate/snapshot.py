@@ -63,7 +63,8 @@ def reason(service: Service, now: float) -> str | None:
         if guard is not None:
             return guard.reason
     if service.stopped and not service.replicas and service.spec.replicas.min:
-        return "stopped by an operator; the next request or slurmgate start brings it back"
+        back = "the next request or slurmgate start" if service.enabled else "slurmgate enable"
+        return f"stopped by an operator; {back} brings it back"
     return service.failure.reason if service.failure is not None else service.last_end
 
 

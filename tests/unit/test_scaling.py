@@ -592,7 +592,9 @@ def test_what_holds_back_more_replicas_is_said_although_some_are_ready():
 
 def test_one_that_an_operator_holds_down_says_so():
     stopped = replace(transitions.stop_by_admin(several(low=1), 0.0, NOW), replicas=())
-    assert "stopped by an operator" in (snapshot.reason(stopped, NOW + 5) or "")
+    assert "the next request or slurmgate start" in (snapshot.reason(stopped, NOW + 5) or "")
+    killed = replace(stopped, enabled=False)
+    assert "slurmgate enable brings it back" in (snapshot.reason(killed, NOW + 5) or "")
 
 
 def test_nobody_is_refused_while_what_could_serve_is_only_drained_for_nothing():
