@@ -24,6 +24,7 @@ from slurmgate.observed import (
 )
 
 ADMIN_DRAIN = 60.0
+SENT_AWAY = 0.1  # a request that is sent away ends so soon after its lease was noted, at most
 
 
 def launching(service: Service, replica_id: str, now: float) -> Service:
@@ -94,12 +95,20 @@ def _renew(why: Drain) -> bool:
 
 
 def _ready(service: Service, replica: Replica, now: float) -> Service:
-    """Its first healthy answer. One that takes the place of another does not count as use."""
+    """Its first healthy answer. One that takes the place of another does not count as use.
+
+    One taken over was idle since its last use, which used up leases of before; if there was none
+    since it began, it may have been starting until now. Who is sent away is no use of it.
+    """
     was_adopted = not replica.never_routable
     warm = [r.ready_at for r in service.replicas if r.ready_at is not None]
-    since = now
-    if was_adopted and service.demand.last_use is not None:
-        since = service.demand.last_use
+    since, void = now, service.lease_void_before
+    used = service.demand.last_use
+    began = replica.created_at if replica.running_at is None else replica.running_at
+    if service.demand.wanted_at is not None:
+        began = max(began, service.demand.wanted_at + SENT_AWAY)
+    if was_adopted and used is not None and used >= began:
+        since, void = used, max(void, used)
     elif warm:
         since = max(warm)
     ready = replace(
@@ -117,6 +126,7 @@ def _ready(service: Service, replica: Replica, now: float) -> Service:
         failures=0,
         failure=None,
         start_lease=False,
+        lease_void_before=void,
         last_end=None,
         last_output=(),
         ports_taken=0,

@@ -240,7 +240,7 @@ def test_a_pending_job_fails_after_the_queue_timeout():
 
 
 def test_an_adopted_replica_is_ready_with_the_first_report_and_keeps_its_idle_time():
-    adopted = events.adopted(service(), sighting("r9"), NOW)
+    adopted = events.adopted(service(), sighting("r9", running_at=NOW - 60), NOW)
     told = events.reported(adopted, ServiceReport(requests=5, idle_s=8.0), NOW)
     heard = events.replica_reported(told.replicas[0], ReplicaReport(1, 0, Health.UP), None, NOW)
     ready = with_replica(told, heard)
@@ -249,6 +249,30 @@ def test_an_adopted_replica_is_ready_with_the_first_report_and_keeps_its_idle_ti
     after = transitions.apply(ready, action, NOW)
     assert after.idle_since(after.replicas[0].ready_at or 0) == NOW - 8
     assert after.starts == {}
+
+
+def adopted_when_told(began, report):
+    """A replica that began then, ready with the first report to the backend that adopted it."""
+    adopted = events.adopted(service(), sighting("r9", created_at=began, running_at=began), NOW)
+    told = events.reported(adopted, report, NOW)
+    return transitions.apply(told, MarkReady("r9"), NOW)
+
+
+def test_a_start_that_a_restarted_backend_adopted_is_kept_for_whom_it_was_made():
+    sent_away = ServiceReport(requests=5, idle_s=39.99, wanted_s=40.0, lease_s=80.0)
+    ready = adopted_when_told(NOW - 40, sent_away)
+    assert decide(ready, NOW, NOW) == ()
+    assert decide(ready, NOW + 79, NOW + 79) == ()
+
+
+def test_a_lease_that_was_used_up_does_not_come_back_when_the_first_report_was_late():
+    late = ServiceReport(requests=5, idle_s=400.0, wanted_s=500.0, lease_s=3000.0)
+    ready = adopted_when_told(NOW - 490, late)
+    in_time = ServiceReport(requests=5, idle_s=400.6, wanted_s=500.6, lease_s=2999.4)
+    known = events.reported(ready, in_time, NOW + 0.1)
+    (action,) = decide(known, NOW + 300, NOW + 300)
+    assert isinstance(action, Close)
+    assert action.why is Drain.IDLE
 
 
 def test_a_start_that_was_given_up_is_not_repeated_before_its_failure_is_known():
