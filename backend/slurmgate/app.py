@@ -194,14 +194,18 @@ def _guarded(
     def commit_behind_keys() -> list[str]:
         keyring.follow(fresh.keys_file)
         try:
-            if not keyring.await_gate() and control.hears_gate():
-                raise ConfigError(["keys_file: the gate did not take the keys in time; try again"])
+            _await_keys(control, keyring)
             return commit()
         except (ConfigError, OSError):
             keyring.follow(running.keys_file)
             raise
 
     return commit_behind_keys
+
+
+def _await_keys(control: Control, keyring: Keyring) -> None:
+    if not keyring.await_gate() and control.hears_gate():
+        raise ConfigError(["keys_file: the gate did not take the keys in time; try again"])
 
 
 def _try_gate(
@@ -251,8 +255,8 @@ def _catch_up(
             return None
         _check_gate(spec, spec)
         commit = _tried(text, state, [])
-        if config.keys_file is not None and not keyring.await_gate() and control.hears_gate():
-            raise ConfigError(["keys_file: the gate did not take the keys in time; try again"])
+        if config.keys_file is not None:
+            _await_keys(control, keyring)
         for note in commit():
             log.warning("%s", note)
     except (ConfigError, OSError) as error:
