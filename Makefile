@@ -4,6 +4,8 @@ SHELL := /bin/bash
 export PATH := $(PATH):/usr/sbin:/sbin
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
+# Most tests wait most of the time. The order of folders stays, which has the longest files first.
+PARALLEL := --numprocesses=3 --dist=loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev run lab test test-slow test-containers check bench
@@ -25,10 +27,10 @@ lab: setup-dev  ## a small Slurm cluster on this machine, and slurmgate on it (C
 
 test: setup-dev  ## every test that needs no container engine
 	busted --pattern=_spec --lpath='lua/?.lua' tests/lua
-	$(PYTEST) --numprocesses=3 --dist=loadfile --cov --cov-report=term-missing
+	$(PYTEST) $(PARALLEL) --cov --cov-report=term-missing
 
 test-slow: setup-dev  ## what takes minutes: real time limits, long schedules
-	$(PYTEST) --numprocesses=3 --dist=loadfile tests/slow
+	$(PYTEST) $(PARALLEL) tests/slow
 
 test-containers:  ## the same in containers; starts a Docker engine where none runs
 	@scripts/setup containers
