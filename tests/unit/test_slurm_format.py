@@ -15,7 +15,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slurmgate.launchers import avoiding, sbatch_args, slurm_format, slurm_states, slurm_submit
+from slurmgate.launchers import (
+    avoiding,
+    sbatch_args,
+    slurm_format,
+    slurm_states,
+    slurm_submit,
+    taken_port,
+)
 from slurmgate.launchers.slurm_format import Detail, JobName, NodePlace, parse_listing
 from slurmgate.launchers.slurm_states import Kind
 from slurmgate.launchers.slurm_submit import NotInstalled, Refusal, Submitted
@@ -859,7 +866,7 @@ def test_the_listing_asks_for_all_states_of_the_own_jobs(host: LoginHost) -> Non
     ],
 )
 def test_a_taken_port_is_recognised(line: str) -> None:
-    assert slurm_states.port_taken(["fine", line], 20017)
+    assert taken_port.is_told(["fine", line], 20017)
 
 
 @pytest.mark.parametrize(
@@ -871,7 +878,7 @@ def test_a_taken_port_is_recognised(line: str) -> None:
     ],
 )
 def test_other_lines_do_not_mean_a_taken_port(line: str) -> None:
-    assert not slurm_states.port_taken([line], 20017)
+    assert not taken_port.is_told([line], 20017)
 
 
 def names(*words: str) -> list[tuple[str, str | None]]:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from slurmgate.errors import CannotStart, SlurmgateError
-from slurmgate.launchers import logs, slurm_format, slurm_states, slurm_submit
+from slurmgate.launchers import logs, slurm_format, slurm_states, slurm_submit, taken_port
 from slurmgate.launchers.job import Answer, Row, Standing
 from slurmgate.launchers.slurm_format import JobName, NodePlace
 from slurmgate.launchers.slurm_states import Kind
@@ -180,7 +180,7 @@ class Host:
             detail.state, ready=False, job_id=job_id, node=node, exit=detail.exit
         )
         end = End(detail.state) if ended is None else _end(ended, detail.nodes, node)
-        if early and end.fault is Fault.SERVICE and slurm_states.port_taken(lines, name.port):
+        if early and end.fault is Fault.SERVICE and taken_port.is_told(lines, name.port):
             fault = Fault.SERVICE if fixed else Fault.PORT
             end = End(f"port {name.port} is taken on node {node}", fault, node=node)
         return Inquiry(Answer(job_id, began, standing, end=end), lines)

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from slurmgate import procfs, upstream_keys
 from slurmgate.errors import StartRefused
-from slurmgate.launchers import local_port, logs, slurm_states, spawn
+from slurmgate.launchers import local_port, logs, spawn, taken_port
 from slurmgate.launchers.log_keeper import LogKeeper
 from slurmgate.launchers.watcher import Watcher
 from slurmgate.model import End, Exit, Fault, LauncherKind, Phase, ServiceSpec, Sighting, Stranger
@@ -279,7 +279,7 @@ class ProcessLauncher:
         """Between the choice of a port and its use somebody else may have taken it."""
         if entry.chosen and end.code:
             lines = self.log_tail(replica, _LAST_LINES)
-            if slurm_states.port_taken(lines, entry.port):
+            if taken_port.is_told(lines, entry.port):
                 return End(f"port {entry.port} is taken", Fault.PORT)
         return End(f"the service {end.describe()}")
 

@@ -7,7 +7,6 @@ it: new versions of Slurm have new words.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -239,31 +238,3 @@ def waiting_for(reason: str | None) -> Waiting | None:
     if _SHARED.fullmatch(word):
         return Waiting(f"{shown} (running jobs use as much as is allowed)", forever=False)
     return Waiting(shown, forever=False)
-
-
-_PORT_TAKEN = re.compile(
-    r"address (?:is )?already in use|EADDRINUSE|AddrInUse|\berrno:? ?98\b|\bos error 98\b"
-    r"|port is already allocated|only one usage of each socket address"
-    r"|error while attempting to bind on address|connection in use: \("
-    r"|\bport:? ?[0-9]+ is (?:already )?in use|already in use"
-    r"|couldn'?t bind (?:http )?server socket|cannot find empty port in range",
-    re.IGNORECASE,
-)
-_NAMED_PORT = re.compile(
-    r"(?:\bport[ :=]{0,2}|[0-9]\.[0-9]{1,3}:|\]:|:::|\blocalhost:|\*:|[ (]:|['\"], ?|range: )"
-    r"([0-9]{2,5})\b",
-    re.IGNORECASE,
-)
-
-
-def port_taken(lines: Iterable[str], port: int) -> bool:
-    """Whether the service says that somebody else listens on its port.
-
-    A line that names another port is about that one (a port for metrics, say).
-    """
-    for line in lines:
-        if _PORT_TAKEN.search(line):
-            named = {int(number) for number in _NAMED_PORT.findall(line)}
-            if not named or port in named:
-                return True
-    return False
