@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -218,10 +218,7 @@ def _try_gate(
     notes = []
     if options.listen is not None and fresh.listen != running.listen:
         notes.append(f"gate.listen: changed, but up --listen {options.listen} stays in force")
-    before, spec = (
-        gate if options.listen is None else replace(gate, listen=options.listen)
-        for gate in (running, fresh)
-    )
+    before, spec = (gate.listening_on(options.listen) for gate in (running, fresh))
     if spec == before:
         return lambda: notes
     _check_gate(spec, before)
@@ -248,7 +245,7 @@ def _catch_up(
     config: Config, control: Control, keyring: Keyring, state: StateDir, options: BackendOptions
 ) -> str | None:
     """Put a gate section in force that was changed while no backend ran; what is wrong with it."""
-    spec = config.gate if options.listen is None else replace(config.gate, listen=options.listen)
+    spec = config.gate.listening_on(options.listen)
     try:
         text = nginx.render_for(spec, state)
         if nginx.conf_of(state).read_text(encoding="utf-8") == text:

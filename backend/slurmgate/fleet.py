@@ -60,22 +60,18 @@ class View:
 
     def find(self, name: str) -> Service:
         """Find a configured service by name, else by route; raise UnknownService."""
-        found = self._first(lambda spec: spec.name == name)
-        if found is None:
-            return self.routed(name)
-        return found
+        return self._first(name, lambda spec: spec.name, lambda spec: spec.route_name)
 
     def routed(self, route: str) -> Service:
         """Find a configured service by route, else by name; raise UnknownService."""
-        found = self._first(lambda spec: spec.route_name == route)
-        if found is None:
-            found = self._first(lambda spec: spec.name == route)
-        if found is not None:
-            return found
-        raise UnknownService(f"no service is called {route!r}; GET /info lists them")
+        return self._first(route, lambda spec: spec.route_name, lambda spec: spec.name)
 
-    def _first(self, fits: Callable[[ServiceSpec], bool]) -> Service | None:
-        return next((s for s in self.services if not s.retired and fits(s.spec)), None)
+    def _first(self, word: str, *called: Callable[[ServiceSpec], str]) -> Service:
+        for call in called:
+            for service in self.services:
+                if not service.retired and call(service.spec) == word:
+                    return service
+        raise UnknownService(f"no service is called {word!r}; GET /info lists them")
 
     def wire(self, now: float) -> dict[str, Any]:
         """The whole snapshot as the gate gets it."""

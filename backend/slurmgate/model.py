@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 
@@ -170,6 +170,10 @@ class GateSpec:
     trusted_proxies: tuple[str, ...] = ()
     cors: tuple[str, ...] = ()
     service_cors: bool = False
+
+    def listening_on(self, address: str | None) -> GateSpec:
+        """Give the same gate at another address; None: at its own."""
+        return self if address is None else replace(self, listen=address)
 
 
 @dataclass(frozen=True, slots=True)

@@ -136,7 +136,7 @@ def _with_listen(config: Config, listen: str | None) -> Config:
     )
     if problem is not None:
         raise ConfigError([f"--listen {listen}: {problem}"])
-    return dataclasses.replace(config, gate=dataclasses.replace(config.gate, listen=listen))
+    return dataclasses.replace(config, gate=config.gate.listening_on(listen))
 
 
 def _check_address(gate: GateSpec) -> None:
