@@ -10,7 +10,7 @@ import random
 import socket
 from collections.abc import Iterator
 
-from tests.lab.place import share
+from tests.lab.place import is_free, share
 
 _MINE = share(10_000, 15_000)
 _ORDER = itertools.cycle(random.sample(_MINE, len(_MINE)))
@@ -27,14 +27,6 @@ def free_ports(count: int) -> int:
         first = free_port()
         if all(port in _MINE and is_free(port) for port in range(first, first + count)):
             return first
-
-
-def is_free(port: int) -> bool:
-    """Whether nobody has it on any address, outgoing connections included."""
-    with socket.socket() as probe, contextlib.suppress(OSError):
-        probe.bind(("", port))
-        return True
-    return False
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ import pytest
 from slurmgate.model import GateSpec
 from tests.gate.harness import FakeBackend, Gate, free_port, key, replica, service, wait_until
 from tests.gate.stream_service import EVENTS, LARGE, StreamService
+from tests.gate.test_balancing import worker_of
 from tests.gate.test_transport import make_certificate
 
 HEARTBEAT_S = 0.2
@@ -91,6 +92,10 @@ class Stream:
         method = "GET" if body is None else "POST"
         self._connection.request(method, path, body, headers or {})
         self._response: HTTPResponse | None = None
+
+    @property
+    def local_port(self) -> int:
+        return int(self._connection.sock.getsockname()[1])
 
     @property
     def response(self) -> HTTPResponse:
@@ -557,11 +562,13 @@ def test_a_killed_worker_ends_no_stream_of_another(
     for stream in streams:
         stream.comment()
     waits(backend, 40)
-    before = gate.workers()
-    os.kill(before[0], signal.SIGKILL)
-    wait_until(lambda: before[0] not in gate.workers() and len(gate.workers()) == 2, "a new one")
+    kept = worker_of(gate, streams[0].local_port)
+    [killed] = set(gate.workers()) - {kept}
+    os.kill(killed, signal.SIGKILL)
+    wait_until(lambda: killed not in gate.workers() and len(gate.workers()) == 2, "a new one")
     backend.publish(ready(replica(echo.port)))
     answers = [stream.rest() for stream in streams]
+    assert answers[0].endswith(EVENTS)
     # Nothing more came from the killed one.
     assert all(text == b"" or text.endswith(EVENTS) for text in answers)
     wait_until(lambda: nothing_held(backend), "counts given back")

@@ -85,12 +85,19 @@ def bind_problem(address: str, port: int) -> str | None:
     return None
 
 
+def is_free(port: int) -> bool:
+    """Whether nobody has it on any address, outgoing connections included."""
+    with socket.socket() as probe, contextlib.suppress(OSError):
+        probe.bind(("", port))
+        return True
+    return False
+
+
 def free_ports(count: int) -> list[int]:
     """Ports that nobody has on any address; another lab is unlikely to choose the same."""
     found: list[int] = []
     for port in random.sample(PORTS, len(PORTS)):
-        with contextlib.suppress(OSError), socket.socket() as probe:
-            probe.bind(("0.0.0.0", port))
+        if is_free(port):
             found.append(port)
         if len(found) == count:
             return found

@@ -130,37 +130,31 @@ def test_changed_limits_apply_at_once_without_a_restart(product):
     assert len(product.noted("start")) == 1
 
 
-def test_a_changed_gate_section_is_tried_then_applied_by_an_nginx_reload(product):
+def status_of_body(product, size: int) -> int:
+    url = f"{product.url}/probe/"
+    return ask_in_background([url], method="POST", data=b"x" * size).result()[0].status
+
+
+def up_with_small_bodies(product) -> None:
     product.expected.append("client intended to send too large body")
     product.top["gate"] = {"max_body": 1000}
     product.probe()
     product.up()
     product.get("/probe/")
+    assert status_of_body(product, 2000) == 413
 
-    def status(size: int) -> int:
-        url = f"{product.url}/probe/"
-        return ask_in_background([url], method="POST", data=b"x" * size).result()[0].status
 
-    assert status(2000) == 413
+def test_a_changed_gate_section_is_tried_then_applied_by_an_nginx_reload(product):
+    up_with_small_bodies(product)
     product.top["gate"] = {"max_body": 10000}
     product.write_config()
     product.run("reload")
-    until(lambda: status(2000) == 200)
+    until(lambda: status_of_body(product, 2000) == 200)
     assert len(product.noted("start")) == 1
 
 
 def test_a_gate_section_changed_while_no_backend_runs_is_applied_by_the_next_one(product):
-    product.expected.append("client intended to send too large body")
-    product.top["gate"] = {"max_body": 1000}
-    product.probe()
-    product.up()
-    product.get("/probe/")
-
-    def status(size: int) -> int:
-        url = f"{product.url}/probe/"
-        return ask_in_background([url], method="POST", data=b"x" * size).result()[0].status
-
-    assert status(2000) == 413
+    up_with_small_bodies(product)
     product.process.send_signal(signal.SIGSTOP)  # nobody starts the next one yet
     try:
         product.kill_backend(wait=False)
@@ -168,7 +162,7 @@ def test_a_gate_section_changed_while_no_backend_runs_is_applied_by_the_next_one
         product.write_config()
     finally:
         product.process.send_signal(signal.SIGCONT)
-    until(lambda: status(2000) == 200)
+    until(lambda: status_of_body(product, 2000) == 200)
     assert product.get("/probe/").headers["X-Slurmgate-Waited"] == "0.000"
 
 
