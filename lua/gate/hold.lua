@@ -193,15 +193,29 @@ local function begin(var, service)
     return nil
 end
 
+-- The service of this name in the newest view, and the code if nobody waits for it.
+local function expected(var, name)
+    local service = registry.find(name)
+    if not service then
+        return nil, "no-such-route"
+    end
+    return service, refusal.without_waiting(var, service)
+end
+
 --- Send a request that cannot be routed now to the waiting room, or refuse it; the access phase of
 --- the public location. `service` is nil while the route is not known. Does not return.
 function _M.enter(var, service)
-    local since = clock.now()
-    var.sg_since = since
-    local code = service and refusal.without_waiting(var, service)
-    if code and notifier.confirm() then
-        service = registry.find(service.name)
-        code = service and refusal.without_waiting(var, service) or not service and "no-such-route"
+    local code
+    var.sg_since = clock.now()
+    if service then
+        local name = service.name
+        -- Another worker may know more since the last tick, and once the body is asked for there
+        -- is no refusal before it has come.
+        registry.refresh()
+        service, code = expected(var, name)
+        if code and notifier.confirm() then
+            service, code = expected(var, name)
+        end
     end
     if code then
         return refusal.send(var, code)

@@ -71,10 +71,6 @@ local function pass(var, target, query)
         var.sg_waited = "0.000"
         return
     end
-    service = registry.find(service.name)
-    if not service then
-        return problem.send("no-such-route", {})
-    end
     return hold.enter(var, service)
 end
 

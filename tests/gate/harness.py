@@ -327,6 +327,14 @@ class Gate:
         finally:
             connection.close()
 
+    def ask(self, request: bytes) -> Answer:
+        """Send bytes as they are; the answer to them, without those that only say to go on."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=10) as sock:
+            sock.sendall(request)
+            response = HTTPResponse(sock)
+            response.begin()
+            return Answer(response)
+
     def raw(self, request: bytes) -> bytes:
         """Send bytes as they are; give all that comes back until the gate closes."""
         with socket.create_connection(("127.0.0.1", self.port), timeout=10) as sock:
