@@ -327,31 +327,34 @@ def test_a_host_that_cannot_be_reached_is_named(lab, boot, state, monkeypatch):
 # -- exactly one job ---------------------------------------------------------------------------
 
 
-def slow_sbatch(lab: Lab, mark: Path, before: float, after: float) -> tuple[str, ...]:
-    """Setup lines that make each sbatch take its time before and after it submits.
+def halting_sbatch(lab: Lab, folder: Path, submits_first: bool) -> tuple[str, ...]:
+    """Setup lines that make each sbatch halt before or after it submits.
 
-    When it has begun there is the file ``mark``.
+    When it halts there is the file ``halts`` in the folder; it goes on when there is ``on``.
     """
     real = lab.run("sh", "-c", "command -v sbatch").stdout.strip()
-    body = f'touch "{mark}"\nsleep {before}\n{real} "$@"\nsleep {after}'
-    wrapper = lab.script(f"sbatch-{before}-{after}", body)
+    halt = (
+        f'touch "{folder}/halts"\nfor _ in $(seq 600); do [ -e "{folder}/on" ] || sleep 0.1; done'
+    )
+    submit = f'{real} "$@"'
+    steps = [submit, halt] if submits_first else [halt, submit]
+    wrapper = lab.script(f"halting-sbatch-{submits_first}", "\n".join(steps))
     return (f'sbatch() {{ "{wrapper}" "$@"; }}',)
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 0), (0, 3)])
-def test_a_backend_that_dies_while_it_submits_finds_the_one_job(lab, boot, tmp_path, before, after):
-    mark = tmp_path / "begun"
-    spec = service(lab, remote_setup=slow_sbatch(lab, mark, before, after))
+@pytest.mark.parametrize("submits_first", [False, True])
+def test_a_backend_that_dies_while_it_submits_finds_the_one_job(lab, boot, tmp_path, submits_first):
+    spec = service(lab, remote_setup=halting_sbatch(lab, tmp_path, submits_first))
     first = boot(spec)
     launching = threading.Thread(target=try_launch, args=(first, spec, "r1"), daemon=True)
     launching.start()
-    until(mark.exists)
-    until(lambda: after == 0 or lab.queue())
+    until((tmp_path / "halts").exists)
     first.die()
 
     second = boot(spec)
     (sighting,) = second.adoption.sightings
     assert sighting.phase is Phase.SUBMITTED
+    (tmp_path / "on").touch()
     reached = second.ears.until_phase("r1", Phase.STARTING, 40)
     until(lambda: answers(reached))
     assert ours(lab) == [reached.job_id]
