@@ -114,6 +114,7 @@ def _told(replica: Replica, sighting: Sighting) -> Replica:
         notice=sighting.notice,
         starts_at=sighting.starts_at,
         ends_at=_end(replica, sighting),
+        suspended_s=sighting.suspended_s,
         api_key=sighting.api_key,
     )
 

@@ -89,6 +89,8 @@ def _decide_starting(service: Service, replica: Replica, now: float) -> Action |
         if replica.never_routable:
             return Stop(replica.id, "no longer wanted")
         return Close(replica.id, replica.drain or Drain.REMOVED, replica.drain_by)
+    if replica.suspended_s is not None:  # it cannot start meanwhile, so that is no fault of its own
+        return _decide_suspended(service, replica)
     if replica.health is Health.UP:
         return MarkReady(replica.id)
     if replica.hopeless is not None:
@@ -108,12 +110,22 @@ def _decide_starting(service: Service, replica: Replica, now: float) -> Action |
     return None
 
 
+def _decide_suspended(service: Service, replica: Replica) -> Action | None:
+    if not _stuck(service, replica):
+        return None
+    if replica.never_routable:
+        return Stop(replica.id, Drain.SUSPENDED.value)
+    return Close(replica.id, Drain.SUSPENDED)
+
+
 def _decide_ready(service: Service, replica: Replica, silent: float, now: float) -> Action | None:
     spec = service.spec
     if service.retired:
         return Close(replica.id, Drain.REMOVED, leaving.drain_by(service, now))
     if silent >= spec.timeout + SILENT_GRACE:
         return Close(replica.id, Drain.SILENT)
+    if _stuck(service, replica):
+        return Close(replica.id, Drain.SUSPENDED)
     if _lost(replica, spec.replace_after, now):
         return Close(replica.id, Drain.UNHEALTHY)
     if spec.launcher is LauncherKind.SLURM and _may_reconnect(replica):
@@ -131,9 +143,16 @@ def _decide_ready(service: Service, replica: Replica, silent: float, now: float)
     return Close(replica.id, Drain.IDLE, leaving.drain_by(service, now))
 
 
+def _stuck(service: Service, replica: Replica) -> bool:
+    """Has the scheduler kept its processes stopped for too long? Whom it was stopped for may run
+    for days. As long as nobody can say that it still is, that changes nothing.
+    """
+    return replica.suspended_s is not None and replica.suspended_s >= service.spec.replace_after
+
+
 def _lost(replica: Replica, after: float, now: float) -> bool:
-    """Has it been silent for too long? While its launcher knows why (its login host is away, it is
-    suspended) another one would do no better.
+    """Has it been silent for too long? While its launcher knows why (its login host is away)
+    another one would do no better.
     """
     if replica.down_since is None or replica.progress is not None:
         return False
@@ -142,7 +161,7 @@ def _lost(replica: Replica, after: float, now: float) -> bool:
 
 def _may_reconnect(replica: Replica) -> bool:
     """Once each time it goes down, and never while a request may still get its answer."""
-    if replica.down_since is None or replica.in_flight > 0:
+    if replica.down_since is None or replica.in_flight > 0 or replica.suspended_s is not None:
         return False
     return replica.reconnected_at is None or replica.reconnected_at < replica.down_since
 
@@ -151,11 +170,13 @@ def _decide_draining(
     service: Service, replica: Replica, silent: float, now: float
 ) -> Action | None:
     reason = replica.drain.value if replica.drain else "no longer wanted"
-    if not service.retired and leaving.take_back(service, replica, silent, now):
+    stuck = _stuck(service, replica)
+    if not service.retired and not stuck and leaving.take_back(service, replica, silent, now):
         return Reopen(replica.id)
     if replica.quiet or replica.never_routable:
         return Stop(replica.id, reason)
-    overdue = replica.drain_by is not None and now >= replica.drain_by
+    # What is in flight at one that is stopped gets no answer; cut off, it is sent to another one.
+    overdue = stuck or (replica.drain_by is not None and now >= replica.drain_by)
     if overdue and (replica.acked or silent >= leaving.SILENT_STOP):
         return Stop(replica.id, reason)
     if silent >= service.spec.timeout + SILENT_GRACE:

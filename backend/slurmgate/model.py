@@ -260,8 +260,9 @@ class Sighting:
     cannot be reached yet) or STARTING (``endpoint`` is known). ``gen`` counts the places it has
     been at. ``reason`` says why it is no further, ``notice`` what else people should know.
     ``queued_at`` is when it last came into the queue, where there is one; ``starts_at`` is the
-    scheduler's estimate, ``ends_at`` the end by its time limit. ``api_key`` is what the gate has to
-    show the replica.
+    scheduler's estimate, ``ends_at`` the end by its time limit. ``suspended_s`` is for how long the
+    scheduler has been seen to keep its processes stopped, None while they run. ``api_key`` is what
+    the gate has to show the replica.
     """
 
     replica: str
@@ -280,6 +281,7 @@ class Sighting:
     running_at: float | None = None
     starts_at: float | None = None
     ends_at: float | None = None
+    suspended_s: float | None = None
     api_key: str | None = field(default=None, repr=False)
 
 

@@ -29,6 +29,7 @@ class Drain(StrEnum):
     SURPLUS = "one more than wanted"
     ENDING = "its time limit is near"
     SILENT = "gate silent"
+    SUSPENDED = "suspended by Slurm"
 
 
 RETURNING = frozenset({Drain.IDLE, Drain.SILENT})
@@ -54,8 +55,9 @@ class Replica:
     ``stopping_since`` is when it was first told to end, whatever that takes. ``progress`` and
     ``notice`` are its launcher's words; ``hopeless`` is why it will never serve.
     ``adopted``: an earlier backend started it, and nobody has said yet how it does. ``entrusted``:
-    its launch is over, so that its launcher can end it whatever is known of its job. ``api_key`` is
-    what the gate has to show it.
+    its launch is over, so that its launcher can end it whatever is known of its job.
+    ``suspended_s`` is for how long its processes have been seen to be stopped by the scheduler:
+    such a one takes connections and answers none. ``api_key`` is what the gate has to show it.
     """
 
     id: str
@@ -90,12 +92,14 @@ class Replica:
     notice: str | None = None
     starts_at: float | None = None
     ends_at: float | None = None
+    suspended_s: float | None = None
     api_key: str | None = field(default=None, repr=False)
 
     @property
     def routable(self) -> bool:
         """May the gate send it new requests?"""
-        return self.phase is Phase.READY and self.health is not Health.DOWN
+        healthy = self.health is not Health.DOWN and self.suspended_s is None
+        return self.phase is Phase.READY and healthy
 
     @property
     def never_routable(self) -> bool:

@@ -54,6 +54,8 @@ def reason(service: Service, now: float) -> str | None:
     for replica in service.replicas:
         if replica.phase in LAUNCHING and (replica.progress or replica.health_detail):
             return f"{_LAUNCH_WORDS[replica.phase]}: {replica.progress or replica.health_detail}"
+        if replica.phase is Phase.READY and replica.suspended_s is not None:
+            return replica.progress
         if replica.phase is Phase.READY and replica.down_since is not None:
             return f"not healthy: {replica.progress or replica.health_detail}"
         if replica.phase is Phase.DRAINING and replica.drain is not None:

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 
+import httpx
 import pytest
 
 from tests.slurm.product import ClusterProduct, ask, serving
@@ -121,6 +122,50 @@ def test_a_preempted_job_is_queued_again_and_found_on_its_next_node(product: Clu
     product.lab.run("scancel", blocker)
     assert waiting.answer(100).json()["pid"] != pid
     assert [j.id for j in product.live()] == [job.id]
+
+
+def is_taken_off(product: ClusterProduct) -> bool:
+    """Whether the gate sends no request to the one replica, which is suspended."""
+    if product.replica()["reason"] != "suspended by Slurm":
+        return False
+    try:
+        answer = product.get("/probe/pid", timeout=2, headers={"Prefer": "wait=0"})
+    except httpx.ReadTimeout:  # the gate had not been told yet
+        return False
+    return answer.status_code == 503
+
+
+@pytest.mark.timeout(240)
+def test_a_suspended_job_gets_no_request_until_it_goes_on_or_another_takes_its_place(
+    product: ClusterProduct,
+):
+    entry = product.job(replace_after=3600)
+    product.up()
+    pid = answered(product)
+    (job,) = product.live()
+    product.lab.run("scontrol", "suspend", job.id)
+    until(lambda: is_taken_off(product), 60)
+    assert product.info()["reason"] == "suspended by Slurm"
+    waiting = ask(product)
+    until(lambda: product.info()["waiting"] == 1)
+    product.lab.run("scontrol", "resume", job.id)
+    assert waiting.answer().json()["pid"] == pid
+    assert [j.id for j in product.submitted()] == [job.id]
+
+    product.lab.run("scontrol", "suspend", job.id)
+    sent = ask(product)  # before that is known, or after
+    until(lambda: is_taken_off(product), 60)
+    waiting = ask(product)
+    until(lambda: product.info()["waiting"] >= 1)
+    entry["replace_after"] = 0.1
+    product.write_config()
+    pids = {request.answer(100).json()["pid"] for request in (sent, waiting)}
+    assert pid not in pids
+    assert len(pids) == 1
+    until(lambda: len(product.live()) == 1, 60)
+    assert job.id not in [j.id for j in product.live()]
+    assert len({j.id for j in product.submitted()} - {job.id}) == 1
+    assert product.info()["reason"] is None, "that was nobody's fault"
 
 
 @pytest.mark.timeout(240)

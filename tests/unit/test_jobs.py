@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from slurmgate.launchers import jobs, pace
+from slurmgate.launchers import jobs, pace, posts
 from slurmgate.launchers.job import (
     Answer,
     Cancel,
@@ -23,8 +23,11 @@ from slurmgate.launchers.job import (
     Step,
     Submit,
 )
+from slurmgate.launchers.posts import Moment
 from slurmgate.launchers.roster import Roster
-from slurmgate.model import End, Fault
+from slurmgate.launchers.slurm_format import JobName
+from slurmgate.model import End, Fault, Sighting
+from tests.unit.builders import spec
 
 NOW = 1000.0
 FAILED = End("the service exited with code 3")
@@ -46,6 +49,10 @@ def queued(**changes) -> Job:
 def running(**changes) -> Job:
     job, _ = jobs.listed(queued(), [row()], NOW + 1, NOW + 1)
     return replace(jobs.connected(job, 1, "unix:/r1.1.sock"), **changes)
+
+
+def suspended() -> Job:
+    return running(suspended_since=NOW, suspended_seen=NOW)
 
 
 def row(standing: Standing = Standing.RUNNING, job_id: str = "7", **changes) -> Row:
@@ -311,11 +318,40 @@ def test_a_running_job_is_connected_to_until_the_tunnel_is_open():
     assert look(job, row(), at=NOW + 62) == (job, ())
 
 
-def test_a_suspended_job_keeps_its_endpoint_and_says_so():
-    job, effects = look(running(), row(Standing.SUSPENDED))
-    assert (job.endpoint, job.reason, effects) == ("unix:/r1.1.sock", "suspended by Slurm", ())
-    job, _ = look(job, row())
-    assert job.reason is None
+def told(job: Job) -> Sighting:
+    name = JobName("vm", "owner", job.replica, 20001, "hash", "llm")
+    return posts.sighting(posts.new(spec(), name, "boot", Moment(NOW, NOW)), job)
+
+
+def test_a_suspended_job_keeps_its_endpoint_and_says_for_how_long():
+    before = running()
+    job, effects = look(before, row(Standing.SUSPENDED))
+    assert (job.endpoint, effects) == ("unix:/r1.1.sock", ())
+    assert (told(job).reason, told(job).suspended_s) == ("suspended by Slurm", 0)
+    job = jobs.troubled(job, 1, "the tunnel is down", NOW + 61)
+    job, _ = look(jobs.connected(job, 1, "unix:/r1.1.sock"), row(Standing.UNKNOWN), at=NOW + 500)
+    assert (told(job).reason, told(job).suspended_s) == ("suspended by Slurm", 0), "it may go on"
+    job, _ = look(job, row(Standing.SUSPENDED), at=NOW + 100)
+    assert told(job).suspended_s == 40
+    job, effects = look(job, row(), at=NOW + 160)
+    assert (told(job).reason, told(job).suspended_s, effects) == (None, None, ())
+    assert (job.gen, job.endpoint) == (1, "unix:/r1.1.sock")
+
+
+def test_the_time_in_which_a_job_is_suspended_is_none_in_which_it_starts():
+    job, _ = look(running(), row(Standing.SUSPENDED))
+    job, _ = look(job, row(Standing.SUSPENDED), at=NOW + 100)
+    job, _ = look(job, row(), at=NOW + 101)
+    assert job.running_at == NOW + 1 + 40
+
+
+@pytest.mark.parametrize(
+    "later", [row(Standing.QUEUED), row(Standing.SUSPENDED, node="n2"), row(job_id="6")]
+)
+def test_another_run_of_a_suspended_job_has_not_been_suspended_for_as_long(later):
+    job, _ = look(running(), row(Standing.SUSPENDED))
+    job, _ = look(job, later, at=NOW + 100)
+    assert told(job).suspended_s == (0 if later.standing is Standing.SUSPENDED else None)
 
 
 def test_a_requeued_job_loses_its_endpoint_and_gets_a_new_one_elsewhere():
@@ -418,6 +454,9 @@ def test_a_listing_with_a_damaged_line_says_nothing_of_jobs_it_lacks():
         (running(), 20, 15.0),
         (running(endpoint=None), 3, 1.0),
         (running(endpoint=None), 20, 2.0),
+        (suspended(), 20, 2.0),
+        (suspended(), 200, 10.0),
+        (suspended(), 2000, 15.0),
         (jobs.stopped(running(), NOW)[0], 2, 1.0),
         (jobs.stopped(running(), NOW)[0], 20, 2.0),
     ],

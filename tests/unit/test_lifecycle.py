@@ -555,6 +555,74 @@ def test_a_silent_replica_is_not_replaced_while_its_login_host_is_away():
     assert decide(back, NOW, NOW) == (Close("r1", Drain.UNHEALTHY),)
 
 
+def suspended(seconds: float, **changes):
+    """One replica that was ready when it was suspended; it is replaced after 120 s of that."""
+    held = changes.pop("demand", Demand(waiting=1, in_flight=1))
+    return service(
+        replica(suspended_s=seconds, progress="suspended by Slurm", **changes), demand=held
+    )
+
+
+def test_a_suspended_replica_gets_no_requests_and_says_why_until_it_goes_on():
+    before = service(replica(), demand=WAITING)
+    stopped = events.seen(before, sighting("r1", suspended_s=0.0, reason="suspended by Slurm"), NOW)
+    (shown,) = snapshot.essence(stopped, NOW)["replicas"]
+    assert (shown["routable"], stopped.replicas[0].phase) == (False, Phase.READY)
+    assert snapshot.reason(stopped, NOW) == "suspended by Slurm"
+    assert decide(stopped, NOW, NOW) == ()
+    again = events.seen(stopped, sighting("r1"), NOW + 1)
+    assert again.replicas[0].routable
+    assert snapshot.reason(again, NOW) is None
+
+
+def test_while_a_replica_is_suspended_its_silence_is_not_held_against_it():
+    on_slurm = spec(launcher=LauncherKind.SLURM)
+    silent = replica(health=Health.DOWN, down_since=NOW - 500, suspended_s=119.0, progress="…")
+    known = replace(silent, start_hash=on_slurm.start_hash())
+    assert decide(service(known, spec=on_slurm, demand=WAITING), NOW, NOW) == ()
+
+
+def test_one_that_stays_suspended_is_cut_off_and_another_takes_its_place():
+    before = suspended(120.0, in_flight=1)
+    (close, *_) = decide(before, NOW, NOW)
+    assert close == Close("r1", Drain.SUSPENDED)
+    closed = with_replica(before, events.published(before.replicas[0], 7))
+    closed = transitions.apply(closed, close, NOW)
+    assert decide(closed, NOW, NOW) == (Launch(),), "the gate may still send it requests"
+    launched = transitions.launching(closed, "r2", NOW)
+    (old, new) = launched.replicas
+    heard = events.replica_reported(old, ReplicaReport(1, 1, Health.UP), 7, NOW)
+    assert decide(with_replica(launched, heard), NOW, NOW) == (Stop("r1", "suspended by Slurm"),)
+    goes_on = with_replica(launched, replace(heard, suspended_s=None))
+    assert decide(goes_on, NOW, NOW) == (), "it answers what it has"
+    over = transitions.apply(with_replica(launched, heard), Stop("r1", "suspended by Slurm"), NOW)
+    over = events.ended(over, "r1", End("job 1 was cancelled", Fault.NOBODY), (), NOW)
+    assert (over.replicas, over.failures, over.crashes) == ((new,), 0, 0)
+
+
+def test_nothing_is_started_in_place_of_a_suspended_replica_that_nobody_asks_for():
+    before = suspended(120.0, demand=Demand(last_use=NOW - 1))
+    (close,) = decide(before, NOW, NOW)
+    assert close == Close("r1", Drain.SUSPENDED)
+    assert decide(transitions.apply(before, close, NOW), NOW, NOW) == ()
+
+
+def test_a_draining_replica_that_is_suspended_is_neither_waited_for_nor_taken_back():
+    idle = {"phase": Phase.DRAINING, "drain": Drain.IDLE, "closed_at": 7, "in_flight": 1}
+    assert decide(suspended(119.0, acked=True, **idle), NOW, NOW) == (Reopen("r1"),)
+    assert decide(suspended(120.0, **idle), NOW, NOW) == ()
+    assert decide(suspended(120.0, acked=True, **idle), NOW, NOW) == (Stop("r1", "idle"),)
+
+
+def test_a_start_that_is_suspended_fails_by_nobodys_fault():
+    late = starting(running_at=NOW - 5000, suspended_s=119.0)
+    assert decide(service(late, demand=WAITING), NOW, NOW) == ()
+    stuck = service(replace(late, suspended_s=120.0), demand=WAITING)
+    assert decide(stuck, NOW, NOW) == (Stop("r1", "suspended by Slurm"),)
+    served = service(replace(late, suspended_s=120.0, closed_at=3), demand=WAITING)
+    assert decide(served, NOW, NOW) == (Close("r1", Drain.SUSPENDED),)
+
+
 def test_the_gate_hears_of_another_estimate_of_the_scheduler_but_not_of_each_second():
     def told(starts_at):
         waiting = events.launched(submitted(), replace(PENDING, starts_at=starts_at), NOW)

@@ -208,11 +208,15 @@ class Life(RuleBasedStateMachine):
         return self.fleet.view().find(NAME)
 
     def may_cut(self, replica: str) -> bool:
-        """Only an operator's deadline and a gate silent for long end a replica in use."""
+        """Only an operator's deadline and a gate silent for long end a replica in use, or that the
+        scheduler has stopped it for long.
+        """
         found = self.service().replica(replica)
         silent = self.now - self.fleet.view().gate_seen
         by_admin = found is not None and found.drain is observed.Drain.ADMIN
-        return by_admin or silent >= self.spec.timeout + 300
+        stopped_s = None if found is None else found.suspended_s
+        suspended = stopped_s is not None and stopped_s >= self.spec.replace_after
+        return by_admin or suspended or silent >= self.spec.timeout + 300
 
     def reach(self, replica: str) -> int:
         """Requests at the replica and such as nothing can keep from it any more."""
@@ -461,7 +465,22 @@ class Life(RuleBasedStateMachine):
         self.healthy.discard(replica)
         self.cut(replica)
         fresh = replace(known, phase=Phase.PENDING, endpoint=None, gen=known.gen + 1)
-        self.tell(replace(fresh, running_at=None, node=None, ends_at=None))
+        self.tell(replace(fresh, running_at=None, node=None, ends_at=None, suspended_s=None))
+
+    @precondition(lambda self: any(s.node for s in self.alive.values()))
+    @rule(data=st.data(), seconds=st.sampled_from([1.0, 31.0]))
+    def job_is_suspended(self, data: st.DataObject, seconds: float) -> None:
+        """A listing shows it so for the first time, or for so many seconds more."""
+        running = sorted(r for r, sighting in self.alive.items() if sighting.node)
+        known = self.alive[data.draw(st.sampled_from(running))]
+        before = known.suspended_s
+        self.tell(replace(known, suspended_s=0.0 if before is None else before + seconds))
+
+    @precondition(lambda self: any(s.suspended_s is not None for s in self.alive.values()))
+    @rule()
+    def suspended_jobs_go_on(self) -> None:
+        for known in list(self.alive.values()):
+            self.tell(replace(known, suspended_s=None))
 
     @precondition(lambda self: set(self.alive) - self.healthy)
     @rule()
@@ -517,7 +536,9 @@ class Life(RuleBasedStateMachine):
         self.spec = replace(self.spec, max_starts_per_hour=1000)
         self.fleet.configure([self.spec])
         self.limit = None
+        self.suspended_jobs_go_on()
         self.comes_to_rest_at(4)
+        self.replaces_what_stays_suspended(4)
         self.renews_in_time(4, every=1)
         self.comes_to_rest_at(1)
         self.renews_in_time(1, every=5)
@@ -543,6 +564,19 @@ class Life(RuleBasedStateMachine):
         ready = [r for r in service.replicas if r.phase is Phase.READY]
         rest = len(ready) == len(service.replicas) == len(self.alive) == wanted
         return rest and not self.todo
+
+    def replaces_what_stays_suspended(self, load: int) -> None:
+        victim = min(self.alive)
+        self.tell(replace(self.alive[victim], suspended_s=0.0))
+        before = len(self.launches)
+        for _ in range(3):
+            self.benign_second(load)
+            assert victim in self.alive
+            assert victim not in self.gate.routable()
+        assert len(self.launches) == before, "one was started, and it may go on at any time"
+        self.tell(replace(self.alive[victim], suspended_s=self.spec.replace_after))
+        self.comes_to_rest_at(load)
+        assert victim not in self.alive
 
     def renews_in_time(self, load: int, every: int) -> None:
         """The time of all that serve ends: others serve before that, never fewer. The load is

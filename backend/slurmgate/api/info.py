@@ -150,7 +150,7 @@ def _stage(service: Service) -> str | None:
 
 def _replica(replica: Replica, now: float, *, private: bool) -> dict[str, Any]:
     reason = replica.reason or (replica.drain.value if replica.drain else None)
-    if reason is None and replica.phase in LAUNCHING:
+    if reason is None and (replica.phase in LAUNCHING or replica.suspended_s is not None):
         reason = replica.progress or replica.health_detail or None
     return {
         "id": replica.id,

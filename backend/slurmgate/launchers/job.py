@@ -81,7 +81,8 @@ class Job:
     found not to be reached though it runs, ``doubted_since`` since when that is so. ``given_up`` is
     why it is cancelled though nobody asked for that. ``was_at`` is where it was last seen to run
     since it was last seen to wait. ``unlaunched`` says that a node could not run it, while it is
-    being found out which one: ``blamed``.
+    being found out which one: ``blamed``. ``suspended_since`` and ``suspended_seen`` are when the
+    first and the last of the listings came that showed its processes stopped, None while they run.
     """
 
     replica: str
@@ -116,6 +117,8 @@ class Job:
     notice: str | None = None
     starts_at: float | None = None
     ends_at: float | None = None
+    suspended_since: float | None = None
+    suspended_seen: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

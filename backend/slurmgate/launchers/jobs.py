@@ -181,7 +181,7 @@ def _shown(job: Job, row: Row, now: float) -> Step:
         return replace(job, completing_since=since, was_at=row.node or job.was_at), ()
     if row.standing is Standing.ENDED:
         return _over(replace(job, final=row.end or _vanished(job)), row)
-    job = replace(job, completing_since=None, final=None)
+    job = _suspension(replace(job, completing_since=None, final=None), row, now)
     if row.standing is Standing.QUEUED:
         job, effects = _queued(job, row, now)
     else:
@@ -191,6 +191,17 @@ def _shown(job: Job, row: Row, now: float) -> Step:
         kept = tuple(e for e in effects if isinstance(e, Disconnect))
         return job, (*kept, *cancel)
     return job, effects
+
+
+def _suspension(job: Job, row: Row, now: float) -> Job:
+    """Note since when Slurm keeps it stopped. That time is none in which it could have started."""
+    since, seen = job.suspended_since, job.suspended_seen
+    if row.standing is Standing.SUSPENDED:
+        return replace(job, suspended_since=now if since is None else since, suspended_seen=now)
+    if since is None or seen is None:
+        return job
+    ran = None if job.running_at is None else job.running_at + seen - since
+    return replace(job, running_at=ran, suspended_since=None, suspended_seen=None)
 
 
 def _queued(job: Job, row: Row, now: float) -> Step:
@@ -246,10 +257,7 @@ def _running(job: Job, row: Row, now: float) -> Step:
     if row.node is None:  # Slurm has not said where yet
         return job, ()
     job = replace(job, was_at=row.node)
-    suspended = "suspended by Slurm" if row.standing is Standing.SUSPENDED else None
     if job.stage is Stage.RUNNING and not _restarted(job, row):
-        if suspended or job.reason == "suspended by Slurm":
-            job = replace(job, reason=suspended)
         if job.started is None:
             job = replace(job, started=row.began)
         return job, () if job.endpoint is not None else (Connect(job.gen, row.node),)
@@ -262,7 +270,8 @@ def _running(job: Job, row: Row, now: float) -> Step:
         started=row.began,
         running_at=now,
         endpoint=None,
-        reason=suspended,
+        suspended_since=job.suspended_seen,
+        reason=None,
         notice=None,
     )
     return job, (*effects, Connect(job.gen, row.node))

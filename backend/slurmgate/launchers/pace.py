@@ -2,7 +2,8 @@
 
 About every second for 5 s after something was asked of Slurm, every 2 s until 30 s, then a
 twentieth of the time that it takes, at most 30 s; 15 s at rest. A job that runs and is connected is
-at rest unless connections to it are refused: then it still loads, or has ended.
+at rest unless connections to it are refused: then it still loads, or has ended. One that is
+suspended is looked at more often, so that it serves again soon after it goes on.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ def _pause(job: Job, last: float) -> float:
         since = job.waiting_since if job.job_id is None else job.cancelled_at
     elif job.completing_since is not None:
         since = job.completing_since
+    elif job.suspended_since is not None:
+        return min(REST, _growing(last - job.suspended_since))
     elif job.stage is Stage.RUNNING and job.endpoint is not None:
         if job.doubted_at > last:
             return min(REST, _growing(job.doubted_at - job.doubted_since))

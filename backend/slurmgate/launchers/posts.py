@@ -13,6 +13,8 @@ from slurmgate.launchers.slurm_format import JobName
 from slurmgate.model import LauncherKind, Phase, ServiceSpec, Sighting
 from slurmgate.records import JobRecord, Record
 
+SUSPENDED = "suspended by Slurm"
+
 
 @dataclass(frozen=True, slots=True)
 class Moment:
@@ -172,6 +174,9 @@ def sighting(post: Post, job: Job) -> Sighting:
         phase = Phase.PENDING
     elif job.stage is Stage.RUNNING:
         phase = Phase.RUNNING if job.endpoint is None else Phase.STARTING
+    suspended_s = None
+    if job.suspended_since is not None and job.suspended_seen is not None:
+        suspended_s = job.suspended_seen - job.suspended_since
     return Sighting(
         replica=job.replica,
         service=post.record.service,
@@ -183,12 +188,13 @@ def sighting(post: Post, job: Job) -> Sighting:
         gen=max(1, job.gen),
         job_id=job.job_id,
         node=job.node,
-        reason=job.reason,
+        reason=job.reason if suspended_s is None else SUSPENDED,
         notice=job.notice,
         queued_at=job.waiting_since,
         running_at=job.running_at,
         starts_at=job.starts_at,
         ends_at=job.ends_at,
+        suspended_s=suspended_s,
         api_key=post.record.api_key,
     )
 
