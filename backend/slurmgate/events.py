@@ -12,6 +12,7 @@ from slurmgate.model import End, Fault, Health, Phase, ServiceSpec, Sighting
 from slurmgate.observed import (
     LAUNCHING,
     Demand,
+    Drain,
     Failure,
     Outcome,
     Refusal,
@@ -36,9 +37,12 @@ ANSWERED = "last poll: status "  # so the gate's words begin where the service a
 LEFT = frozenset({Phase.FAILED, Phase.STOPPING})
 
 
-def adopted(service: Service, sighting: Sighting, now: float) -> Service:
+def adopted(
+    service: Service, sighting: Sighting, now: float, *, on_record: bool = False
+) -> Service:
     """Take over a replica that an earlier backend started.
 
+    Unless what became of its start is ``on_record``, that is still to be found out.
     What an earlier snapshot said of one with an endpoint is unknown, so it counts as possibly
     routable until a snapshot of this backend has said otherwise.
     """
@@ -53,11 +57,13 @@ def adopted(service: Service, sighting: Sighting, now: float) -> Service:
         endpoint=sighting.endpoint,
         closed_at=None if reached else 0,
         adopted=reached,
+        known_since=now,
+        on_record=on_record or any(s.replica == sighting.replica for s in service.recent),
         entrusted=True,
     )
     launches = service.launches
-    if all(start.replica != fresh.id for start in service.recent):
-        launches = (*launches, fresh.created_at)  # it has not come to the end of its start
+    if not fresh.on_record:
+        launches = (*launches, fresh.created_at)
     told = _told(fresh, sighting)
     taken = replace(service, replicas=(*service.replicas, told), launches=launches)
     return taken if reached else replace(taken, last_demand=now)
@@ -142,20 +148,33 @@ def launch_failed(service: Service, replica_id: str, code: str, reason: str, now
     found = service.replica(replica_id)
     if found is None:
         return service
-    launches = list(service.launches)
-    if found.created_at in launches:
-        launches.remove(found.created_at)
-    rest = replace(without_replica(service, replica_id), launches=tuple(launches))
+    rest = _not_of_this_hour(without_replica(service, replica_id), found)
     if found.phase is Phase.STOPPING:  # it was kept from being submitted, as nobody wants it
         return recorded(rest, start_of(service, found, Outcome.CANCELLED, found.reason, now))
     return failed(rest, found, code, reason, (), now)
 
 
+def _not_of_this_hour(service: Service, replica: Replica) -> Service:
+    """Nothing was started for this replica."""
+    launches = list(service.launches)
+    if replica.created_at in launches:
+        launches.remove(replica.created_at)
+    return replace(service, launches=tuple(launches))
+
+
 def failed(
-    service: Service, replica: Replica, code: str, reason: str, log: tuple[str, ...], now: float
+    service: Service,
+    replica: Replica,
+    code: str,
+    reason: str,
+    log: tuple[str, ...],
+    now: float,
+    *,
+    seen: bool = True,
 ) -> Service:
     """A start failed through the service's fault: leases end and the next start waits.
 
+    ``seen``: it ended just now, see ``start_of``.
     One that cannot start is not kept from any node: that may be what it cannot start for.
     """
     failures = service.failures + 1
@@ -165,7 +184,8 @@ def failed(
         strikes = ()
     elif replica.node is not None:
         strikes = nodes.struck(service, replica.node, now, own=False)
-    service = recorded(service, start_of(service, replica, Outcome.FAILED, reason, now))
+    start = start_of(service, replica, Outcome.FAILED, reason, now, seen=seen)
+    service = recorded(service, start)
     return replace(
         counted(service, code),
         strikes=strikes,
@@ -178,17 +198,30 @@ def failed(
 
 
 def start_of(
-    service: Service, replica: Replica, outcome: Outcome, reason: str | None, now: float
+    service: Service,
+    replica: Replica,
+    outcome: Outcome,
+    reason: str | None,
+    now: float,
+    *,
+    seen: bool = True,
 ) -> Start:
-    """Say how a replica's start went that is over now."""
+    """Say how a replica's start went that is over now.
+
+    When it became ready, or ended (not ``seen``), while no backend looked is not known: that is
+    left out.
+    """
     ran = replica.running_at
+    if outcome is Outcome.READY:
+        seen = replica.watched
+    queued_until = now if ran is None and seen else ran
     return Start(
         service=service.spec.name,
         replica=replica.id,
         ended=now,
         outcome=outcome,
-        queue_s=max(0.0, (now if ran is None else ran) - replica.created_at),
-        start_s=None if ran is None else max(0.0, now - ran),
+        queue_s=None if queued_until is None else max(0.0, queued_until - replica.created_at),
+        start_s=max(0.0, now - ran) if ran is not None and seen else None,
         reason=reason,
         job_id=replica.job_id,
         node=replica.node,
@@ -204,22 +237,27 @@ def ended(service: Service, replica_id: str, end: End, log: tuple[str, ...], now
         return service
     found = replace(found, node=found.node or end.node)
     rest = without_replica(service, replica_id)
+    if not end.began:
+        rest = _not_of_this_hour(rest, found)
     fresh = found.never_routable and found.ready_at is None
+    unsaid = found.ready_at is None and not found.on_record
+    seen = not end.unseen
     if found.phase is Phase.FAILED:
         code = found.hopeless.code if found.hopeless is not None else end.code
-        return failed(rest, found, code, found.reason or "", log, now)
+        return failed(rest, found, code, found.reason or "", log, now, seen=seen)
     if end.bad_node is not None:
         rest = replace(rest, strikes=nodes.struck(service, end.bad_node, now, own=True))
     if found.phase is Phase.STOPPING or found.drain is not None:
         why = found.reason or (found.drain.value if found.drain else None)
-        cancelled = start_of(service, found, Outcome.CANCELLED, why, now)
-        return recorded(rest, cancelled) if fresh else rest
-    lost = start_of(service, found, Outcome.LOST, end.reason, now)
+        outcome = Outcome.FAILED if found.drain is Drain.UNHEALTHY else Outcome.CANCELLED
+        cancelled = start_of(service, found, outcome, why, now, seen=seen)
+        return recorded(rest, cancelled) if unsaid else rest
+    lost = start_of(service, found, Outcome.LOST, end.reason, now, seen=seen)
     if fresh and end.fault is Fault.PORT and service.ports_taken < PORTS_TRIED:
         return replace(recorded(rest, lost), ports_taken=service.ports_taken + 1)
     if fresh and end.fault is not Fault.NOBODY:
-        return failed(rest, found, end.code, f"{end.reason} during start", log, now)
-    if fresh:
+        return failed(rest, found, end.code, f"{end.reason} during start", log, now, seen=seen)
+    if unsaid:
         rest = recorded(rest, lost)
     lived = now - found.since
     steady = SETTLED_AFTER if end.fault is Fault.NOBODY else STEADY_AFTER
@@ -287,6 +325,8 @@ def replica_reported(
     epoch that the gate had stored before it read the counts, None when it had none of ours.
     """
     changed = replace(replica, in_flight=report.in_flight)
+    if report.gen == replica.gen and report.health is not Health.UP and report.detail:
+        changed = replace(changed, seen_loading=True)
     if report.gen == replica.gen and report.health is not Health.UNKNOWN:
         down = report.health is Health.DOWN
         changed = replace(

@@ -131,6 +131,7 @@ class Fleet:
         self._effects: list[Effect] = []
         self._starts: list[Start] = []
         self._earlier: dict[str, list[Start]] = {}
+        self._on_record: set[str] = set()
         self._number = 0
         self._gate: str | None = None
         self._former_gates: set[str] = set()
@@ -280,6 +281,7 @@ class Fleet:
         """Take over what became of earlier starts, before anything is configured."""
         for start in starts:
             self._earlier.setdefault(start.service, []).append(start)
+            self._on_record.add(start.replica)
 
     def _with_earlier(self, service: Service) -> Service:
         """Give a service that is new here what is known of its earlier starts."""
@@ -332,7 +334,8 @@ class Fleet:
         if name not in self._services:
             spec = ServiceSpec(name, "", (), "", "/", 60.0, folder, launcher=kind)
             self._services[name] = Service(spec, retired=True)
-        self._set(name, events.adopted(self._services[name], sighting, now))
+        known = sighting.replica in self._on_record
+        self._set(name, events.adopted(self._services[name], sighting, now, on_record=known))
         where = sighting.endpoint or sighting.phase.value
         log.info("service %s replica %s: adopted, %s", name, sighting.replica, where)
 

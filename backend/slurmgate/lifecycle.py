@@ -100,7 +100,7 @@ def _decide_starting(service: Service, replica: Replica, now: float) -> Action |
             return Close(replica.id, Drain.UNHEALTHY)
     began = replica.since  # an adopted one began long ago: what counts is what we see of it
     if replica.never_routable and replica.running_at is not None:
-        began = replica.running_at
+        began = max(replica.running_at, replica.known_since)
     if now - began >= spec.start_timeout:
         if not replica.never_routable:
             return Close(replica.id, Drain.UNHEALTHY)

@@ -242,7 +242,8 @@ class End:
 
     ``code`` is what requests held for it are refused with. ``node`` is where it ran: one that ends
     soon may never have been seen there. ``bad_node`` names the node that failed, when it was the
-    node's doing.
+    node's doing. Not ``began``: its submission was in doubt, and there never was a job.
+    ``unseen``: it ended before this backend looked for the first time.
     """
 
     reason: str
@@ -250,6 +251,8 @@ class End:
     code: str = "start-failed"
     bad_node: str | None = None
     node: str | None = None
+    began: bool = True
+    unseen: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,10 +54,12 @@ class Replica:
     ``queued_at`` is when its job last came into the queue, maybe long after it was made.
     ``stopping_since`` is when it was first told to end, whatever that takes. ``progress`` and
     ``notice`` are its launcher's words; ``hopeless`` is why it will never serve.
-    ``adopted``: an earlier backend started it, and nobody has said yet how it does. ``entrusted``:
-    its launch is over, so that its launcher can end it whatever is known of its job.
-    ``suspended_s`` is for how long its processes have been seen to be stopped by the scheduler:
-    such a one takes connections and answers none. ``api_key`` is what the gate has to show it.
+    ``adopted``: an earlier backend started it, and nobody has said yet how it does. ``known_since``
+    is when it was taken over from one; ``seen_loading``: since then it was found not to answer yet.
+    ``on_record``: what became of its start is known and kept. ``entrusted``: its launch is over, so
+    that its launcher can end it whatever is known of its job. ``suspended_s`` is for how long its
+    processes have been seen to be stopped by the scheduler: such a one takes connections and
+    answers none. ``api_key`` is what the gate has to show it.
     """
 
     id: str
@@ -85,6 +87,9 @@ class Replica:
     stopping_since: float | None = None
     reason: str | None = None
     adopted: bool = False
+    known_since: float = float("-inf")
+    seen_loading: bool = False
+    on_record: bool = False
     entrusted: bool = False
     hopeless: Refusal | None = None
     reconnected_at: float | None = None
@@ -105,6 +110,14 @@ class Replica:
     def never_routable(self) -> bool:
         """No gate can ever have sent it a request: it needs no handshake to be ended."""
         return self.closed_at == 0
+
+    @property
+    def watched(self) -> bool:
+        """Would this backend have seen it become ready? Else that may have been at any time since
+        it began to run.
+        """
+        ran = self.running_at
+        return self.seen_loading or ran is None or ran >= self.known_since
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +172,8 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """One start that has come to its end: durations in seconds, None for what was never reached.
+    """One start that has come to its end: durations in seconds, None for what was never reached or
+    nobody knows.
 
     ``ended`` is a point in time; ``queue_s`` ends where it began to run, ``start_s`` begins there.
     """

@@ -118,8 +118,9 @@ def _ready(service: Service, replica: Replica, now: float) -> Service:
         ready_at=since,
         down_since=None,
         adopted=False,
+        on_record=True,
     )
-    if not was_adopted:
+    if not replica.on_record:
         service = _started(service, replica, now)
     return replace(
         with_replica(service, ready),
@@ -134,12 +135,15 @@ def _ready(service: Service, replica: Replica, now: float) -> Service:
 
 
 def _started(service: Service, replica: Replica, now: float) -> Service:
-    took = now - replica.created_at
-    service = recorded(service, start_of(service, replica, Outcome.READY, None, now))
+    start = start_of(service, replica, Outcome.READY, None, now)
+    service = counted(recorded(service, start), "ready")
+    histogram = service.cold_start_histogram
+    if start.start_s is not None:
+        histogram = histogram.add(now - replica.created_at)
     return replace(
-        counted(service, "ready"),
+        service,
         strikes=nodes.worked(service, replica.node),
-        cold_start_histogram=service.cold_start_histogram.add(took),
+        cold_start_histogram=histogram,
     )
 
 

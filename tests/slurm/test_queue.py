@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
 
+from slurmgate import history
+from slurmgate.observed import Outcome
 from tests.slurm.product import ClusterProduct, ask
 from tests.waiting import until
 
@@ -28,6 +31,29 @@ def test_on_a_full_cluster_the_wait_is_shown_and_ends_when_it_frees_up(product: 
     until(lambda: nobody_waits_for(product)["retry_after_s"] > 60)
     product.lab.free()
     assert waiting.answer().status_code == 200
+
+
+def test_a_job_that_began_while_nothing_was_up_was_in_the_queue_until_it_began(
+    product: ClusterProduct,
+):
+    product.lab.fill(minutes=10)
+    product.job()
+    product.up()
+    asked = time.monotonic()
+    product.post("/admin/services/probe/start")
+    until(lambda: [job.state for job in product.live()] == ["PENDING"])
+    until(lambda: product.replica()["job_id"])
+    assert product.down() == 0
+    product.lab.free()
+    until(lambda: [job.state for job in product.live()] == ["RUNNING"])
+    began = time.monotonic()
+    until(lambda: time.monotonic() - began > 3, 60)  # of which the queue has no part
+    product.up()
+    (start,) = until(lambda: history.read(product.state_dir / "history.jsonl").starts, 60)
+    assert start.outcome is Outcome.READY
+    assert start.queue_s is not None
+    assert start.queue_s < began - asked + 1, "Slurm and we count in different clocks"
+    assert start.start_s is None or start.start_s > 2
 
 
 def nobody_waits_for(product: ClusterProduct) -> dict[str, Any]:

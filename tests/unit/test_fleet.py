@@ -86,6 +86,18 @@ def test_an_age_that_only_grew_is_no_news(fleet):
     assert fleet.view().find("s7").demand.last_use == NOW + 4
 
 
+def test_a_start_of_long_ago_is_not_recorded_again_after_a_restart(tmp_path):
+    made = Fleet("e", lambda: "new", NOW, enabled=True)
+    later = [Start("LLM", f"s{n}", NOW - 60, Outcome.READY, 1.0, 1.0) for n in range(200)]
+    made.remember([Start("LLM", "r1", NOW - 7200, Outcome.READY, 1.0, 1.0), *later])
+    made.configure([spec()])
+    made.adopt(LauncherKind.PROCESS, sighting("r1", created_at=NOW - 7202), tmp_path, NOW)
+    made.report(Report("gate", "e", 0, {}, {"r1": ReplicaReport(1, 0, Health.UP)}), NOW)
+    made.settle(NOW)
+    assert phases(made) == {Phase.READY}
+    assert made.take_starts() == []
+
+
 @pytest.mark.parametrize(("job", "counted"), [("7", 1), (None, 0)])
 def test_of_the_starts_before_a_restart_those_that_never_were_a_job_do_not_count(job, counted):
     made = Fleet("e", lambda: "new", NOW, enabled=True)

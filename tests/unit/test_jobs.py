@@ -112,6 +112,7 @@ def test_what_sbatch_itself_refuses_three_times_is_the_fault_of_the_service():
     _, (finish,) = look(job, at=NOW + 100)
     assert isinstance(finish, Finish)
     assert (finish.end.fault, finish.end.code) == (Fault.SERVICE, "cannot-start")
+    assert not finish.end.began, "there never was a job"
 
 
 def test_one_that_cannot_be_submitted_again_ends_so_that_another_replica_starts():
@@ -141,6 +142,7 @@ def test_a_stop_while_in_doubt_ends_when_nothing_shows_up():
     _, (finish,) = look(job, at=NOW + 43)
     assert isinstance(finish, Finish)
     assert finish.end.fault is Fault.NOBODY
+    assert not finish.end.began
 
 
 def test_a_stop_during_the_submission_cancels_the_job_as_soon_as_it_has_an_id():
@@ -164,7 +166,7 @@ def test_of_a_listed_and_an_answered_job_the_older_one_stays(answer, kept, cance
 
 def test_a_later_refusal_in_known_words_is_final():
     _, (finish,) = jobs.refused(sending(submissions=2), "Invalid account")
-    assert finish == Finish(End("Invalid account", Fault.SERVICE, "cannot-start"))
+    assert finish == Finish(End("Invalid account", Fault.SERVICE, "cannot-start", began=False))
 
 
 # -- two of one name -------------------------------------------------------------------------
@@ -228,6 +230,39 @@ def test_an_answer_about_another_job_says_nothing():
     other, _ = look(job, row(job_id="5"))
     after, effects = jobs.answered(other, Answer("7", NOW + 60, gone=True))
     assert (after.job_id, effects) == ("5", ())
+
+
+def adopted(stage: Stage = Stage.QUEUED, **changes) -> Job:
+    """The job of an earlier backend's replica, of which nothing was listed since."""
+    base = Job("r1", stage, waiting_since=NOW, job_id="7", known_since=NOW + 50, unseen=True)
+    return replace(base, **changes)
+
+
+@pytest.mark.parametrize(
+    ("slurm", "shown"),
+    [(NOW + 20, NOW + 20), (NOW - 5, NOW), (NOW + 500, NOW + 60), (None, NOW + 60)],
+    ids=["meanwhile", "host's clock behind", "host's clock ahead", "not told"],
+)
+def test_a_job_that_began_while_nobody_looked_began_when_slurm_says(slurm, shown):
+    job, _ = look(adopted(), row(ran_at=slurm))
+    assert (job.running_at, job.unseen) == (shown, False)
+
+
+def test_a_job_that_is_looked_after_begins_when_it_is_seen_to_run():
+    waiting, _ = look(adopted(), row(Standing.QUEUED), at=NOW + 55)
+    job, _ = look(waiting, row(ran_at=NOW + 20))
+    assert job.running_at == NOW + 60
+    assert look(queued(), row(ran_at=NOW + 20))[0].running_at == NOW + 60
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_an_end_before_anybody_looked_says_so(seen):
+    job = adopted(Stage.RUNNING, node="n1", started=5000.0, gen=1, running_at=NOW + 2)
+    job = look(job, row())[0] if seen else job
+    job, _ = look(job, row(Standing.ENDED, end=FAILED), at=NOW + 70)
+    _, effects = jobs.answered(job, Answer("7", NOW + 71, Standing.ENDED, end=FAILED))
+    (finish,) = (effect for effect in effects if isinstance(effect, Finish))
+    assert finish.end.unseen is not seen
 
 
 def test_an_unknown_state_changes_nothing():

@@ -10,7 +10,16 @@ from slurmgate import events, snapshot, transitions
 from slurmgate.actions import Close, GiveUp, Launch, MarkReady, Reconnect, Reopen, Stop
 from slurmgate.lifecycle import decide
 from slurmgate.model import End, Fault, Health, LauncherKind, Phase
-from slurmgate.observed import Demand, Drain, Refusal, ReplicaReport, ServiceReport, with_replica
+from slurmgate.observed import (
+    Demand,
+    Drain,
+    Outcome,
+    Refusal,
+    ReplicaReport,
+    ServiceReport,
+    with_replica,
+)
+from slurmgate.starts import cold_start_s
 from tests.unit.builders import NOW, replica, service, sighting, spec, starting
 
 WAITING = Demand(waiting=1)
@@ -240,7 +249,8 @@ def test_a_pending_job_fails_after_the_queue_timeout():
 
 
 def test_an_adopted_replica_is_ready_with_the_first_report_and_keeps_its_idle_time():
-    adopted = events.adopted(service(), sighting("r9", running_at=NOW - 60), NOW)
+    began = sighting("r9", running_at=NOW - 60)
+    adopted = events.adopted(service(), began, NOW, on_record=True)
     told = events.reported(adopted, ServiceReport(requests=5, idle_s=8.0), NOW)
     heard = events.replica_reported(told.replicas[0], ReplicaReport(1, 0, Health.UP), None, NOW)
     ready = with_replica(told, heard)
@@ -249,6 +259,75 @@ def test_an_adopted_replica_is_ready_with_the_first_report_and_keeps_its_idle_ti
     after = transitions.apply(ready, action, NOW)
     assert after.idle_since(after.replicas[0].ready_at or 0) == NOW - 8
     assert after.starts == {}
+    assert after.recent == ()
+
+
+def adopted_while_starting(**changes):
+    began = sighting("r9", created_at=NOW - 100, running_at=NOW - 60, **changes)
+    return events.adopted(service(), began, NOW)
+
+
+def polled(found, health, detail, now):
+    report = ReplicaReport(1, 0, health, detail)
+    return with_replica(found, events.replica_reported(found.replicas[0], report, None, now))
+
+
+def test_a_start_that_went_on_while_the_backend_was_replaced_is_recorded_with_its_true_length():
+    loading = polled(adopted_while_starting(), Health.DOWN, "last poll: status 503", NOW + 1)
+    up = polled(loading, Health.UP, "", NOW + 20)
+    after = transitions.apply(up, MarkReady("r9"), NOW + 20)
+    (start,) = after.recent
+    assert (start.outcome, start.queue_s, start.start_s) == (Outcome.READY, 40.0, 80.0)
+    assert after.starts == {"ready": 1}
+    assert sum(after.cold_start_histogram.counts) == 1
+
+
+def test_when_a_replica_became_ready_that_no_backend_looked_after_is_left_out():
+    up = polled(adopted_while_starting(), Health.UP, "", NOW + 1)
+    after = transitions.apply(up, MarkReady("r9"), NOW + 1)
+    (start,) = after.recent
+    assert (start.outcome, start.queue_s, start.start_s) == (Outcome.READY, 40.0, None)
+    assert cold_start_s(after.recent) == {"p50": None, "p95": None, "n": 0}
+    assert sum(after.cold_start_histogram.counts) == 0
+
+
+@pytest.mark.parametrize(("ran", "queue_s"), [(None, None), (NOW - 60, 40.0)])
+def test_how_long_a_start_took_that_ended_while_no_backend_looked_is_left_out(ran, queue_s):
+    phase = Phase.PENDING if ran is None else Phase.RUNNING
+    gone = sighting("r9", created_at=NOW - 100, running_at=ran, phase=phase, endpoint=None)
+    found = events.adopted(service(), gone, NOW)
+    (start,) = events.ended(found, "r9", replace(DIED, unseen=True), (), NOW + 1).recent
+    assert (start.outcome, start.queue_s, start.start_s) == (Outcome.FAILED, queue_s, None)
+    (start,) = events.ended(found, "r9", DIED, (), NOW + 1).recent
+    assert (start.queue_s, start.start_s) == ((101.0, None) if ran is None else (40.0, 61.0))
+
+
+def test_a_job_that_began_while_no_backend_looked_has_its_whole_start_timeout():
+    began = sighting(
+        "r9", created_at=NOW - 7200, running_at=NOW - 7000, phase=Phase.RUNNING, endpoint=None
+    )
+    limited = service(spec=spec(start_timeout=60.0), demand=WAITING, last_demand=NOW)
+    found = events.adopted(limited, began, NOW)
+    assert decide(found, NOW + 59, NOW + 59) == ()
+    (action,) = decide(found, NOW + 60, NOW + 60)
+    assert isinstance(action, GiveUp)
+
+
+@pytest.mark.parametrize(
+    ("drain", "outcome"),
+    [
+        (None, Outcome.LOST),
+        (Drain.ADMIN, Outcome.CANCELLED),
+        (Drain.UNHEALTHY, Outcome.FAILED),
+    ],
+)
+def test_an_adopted_start_that_comes_to_nothing_is_recorded_once(drain, outcome):
+    found = adopted_while_starting()
+    found = with_replica(found, replace(found.replicas[0], drain=drain))
+    (start,) = events.ended(found, "r9", DIED, (), NOW + 5).recent
+    assert (start.replica, start.outcome) == ("r9", outcome)
+    known = with_replica(found, replace(found.replicas[0], on_record=True))
+    assert events.ended(known, "r9", DIED, (), NOW + 5).recent == ()
 
 
 def adopted_when_told(began, report):

@@ -295,6 +295,16 @@ def test_a_launch_that_left_nothing_running_is_no_start():
     assert failed.launches == (NOW,)
 
 
+@pytest.mark.parametrize("phase", [Phase.SUBMITTED, Phase.STOPPING])
+def test_a_submission_in_doubt_that_came_to_nothing_is_no_start_after_all(phase):
+    found = transitions.launching(several(), "r1", NOW)
+    doubted = replace(found, replicas=(replace(found.replicas[0], phase=phase),))
+    nothing = End("sbatch failed (no answer)", Fault.NOBODY, "cannot-start", began=False)
+    assert events.ended(doubted, "r1", nothing, (), NOW + 60).launches == ()
+    cancelled = End("job 7 was cancelled", Fault.NOBODY)
+    assert events.ended(doubted, "r1", cancelled, (), NOW + 60).launches == (NOW,)
+
+
 def test_no_more_jobs_in_the_queue_than_configured():
     queued = starting(id="r1", phase=Phase.PENDING, endpoint=None, running_at=None)
     found = several(queued, fields={"max_pending": 2})

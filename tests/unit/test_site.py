@@ -681,6 +681,16 @@ def test_a_restart_knows_everything_without_asking_the_host(boot, slurm, state, 
     assert found.created_at == pytest.approx(sighting.created_at, abs=1)
 
 
+def test_of_a_job_that_began_between_two_backends_slurm_says_when(boot, slurm, ears):
+    first = boot(SPEC)
+    first.launch(SPEC, "r1")
+    first.close(stop_replicas=False)
+    later = time.monotonic()
+    slurm.set("100", "RUNNING")  # long ago, by the clock of that host
+    boot(SPEC)
+    assert (ears.until_phase("r1", Phase.STARTING).running_at or later) < later
+
+
 def test_a_job_that_is_queued_again_is_new_in_the_queue_for_the_next_backend_too(
     boot, slurm, state, ears
 ):

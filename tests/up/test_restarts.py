@@ -8,6 +8,8 @@ import signal
 import statistics
 import time
 
+from slurmgate import history
+from slurmgate.observed import Outcome
 from tests.up.clients import Background, ask_in_background, fetch, session
 from tests.up.product import alive
 from tests.waiting import until
@@ -44,6 +46,22 @@ def test_a_start_the_killed_backend_had_not_noticed_is_adopted(product):
     product.kill_backend()
     assert {a.status for a in asked.result()} == {200}
     assert len(product.noted("start")) == 1
+
+
+def test_a_start_during_which_the_backend_is_killed_is_in_the_history_once(product):
+    product.probe(load=3)
+    product.up()
+    asked = hold(product, 3)
+    until(lambda: product.noted("start"))
+    product.kill_backend()
+    assert {a.status for a in asked.result()} == {200}
+    kept = product.state_dir / "history.jsonl"
+    until(lambda: history.read(kept).starts)
+    product.kill_backend()
+    product.until_state("ready")
+    (start,) = history.read(kept).starts
+    assert (start.service, start.outcome) == ("probe", Outcome.READY)
+    assert start.start_s is None or start.start_s >= 3, "nobody may have seen when it was ready"
 
 
 def test_adopted_services_still_go_idle(product):

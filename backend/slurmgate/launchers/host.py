@@ -263,6 +263,7 @@ class Host:
         )
         queued = _STANDINGS[kind] is Standing.QUEUED
         starts_at = row.starts_at if queued else None
+        ran_at = None if queued or row.starts_at is None else now + row.starts_at - wall
         return Row(
             job_id=row.job_id,
             standing=_STANDINGS[kind],
@@ -272,6 +273,7 @@ class Host:
             permanent=kind is Kind.HELD or (waiting is not None and waiting.forever),
             not_launched=waiting is not None and waiting.not_launched,
             began=None if queued or row.starts_at is None else float(row.starts_at),
+            ran_at=ran_at,
             starts_at=None if starts_at is None else max(now, now + starts_at - wall),
             ends_at=None if queued else _ends_at(row, began, now - wall),
         )

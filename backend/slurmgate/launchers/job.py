@@ -27,10 +27,10 @@ LIVE = frozenset({Standing.QUEUED, Standing.RUNNING, Standing.SUSPENDED})
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One job in a listing. ``began`` is when it started to run, on Slurm's own clock; ``ends_at``
-    and ``starts_at`` are on ours. ``permanent``: its pending reason will not pass by itself;
-    ``not_launched``: because a node could not run it.
-    ``end``: what its state alone says of how it ended.
+    """One job in a listing. ``began`` is when it started to run, on Slurm's own clock; ``ran_at``
+    is the same, ``ends_at`` and ``starts_at`` are on ours. ``permanent``: its pending reason will
+    not pass by itself; ``not_launched``: because a node could not run it. ``end``: what its state
+    alone says of how it ended.
     """
 
     job_id: str
@@ -41,6 +41,7 @@ class Row:
     permanent: bool = False
     not_launched: bool = False
     began: float | None = None
+    ran_at: float | None = None
     starts_at: float | None = None
     ends_at: float | None = None
 
@@ -78,7 +79,8 @@ class Job:
     can still be on its way after it. ``final``: how it ended by what a listing shows.
     ``gen`` counts its starts on a node, 0 before the first; ``started`` is when Slurm says that
     one was. ``waiting_since`` is when it came into the queue. ``doubted_at`` is when it was last
-    found not to be reached though it runs, ``doubted_since`` since when that is so. ``given_up`` is
+    found not to be reached though it runs, ``doubted_since`` since when that is so. ``unseen``: an
+    earlier backend knew of it, and no listing has shown it waiting or running yet. ``given_up`` is
     why it is cancelled though nobody asked for that. ``was_at`` is where it was last seen to run
     since it was last seen to wait. ``unlaunched`` says that a node could not run it, while it is
     being found out which one: ``blamed``. ``suspended_since`` and ``suspended_seen`` are when the
@@ -96,6 +98,7 @@ class Job:
     refused: bool = False
     renewable: bool = True
     stopping: bool = False
+    unseen: bool = False
     cancelled_at: float = float("-inf")
     absent_since: float | None = None
     inquiring: bool = False

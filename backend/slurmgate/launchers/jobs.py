@@ -100,6 +100,7 @@ def _confirmed(job: Job, job_id: str, now: float) -> Step:
         absent_since=None,
         was_at=None,
         unlaunched=None,
+        unseen=False,
         reason=None,
     )
     return _cancelled(job, now) if job.stopping else (job, ())
@@ -219,6 +220,7 @@ def _queued(job: Job, row: Row, now: float) -> Step:
         started=None,
         running_at=None,
         ends_at=None,
+        unseen=False,
     )
     if row.not_launched:
         job, more = _not_launched(job, row)
@@ -260,6 +262,7 @@ def _running(job: Job, row: Row, now: float) -> Step:
     if job.stage is Stage.RUNNING and not _restarted(job, row):
         if job.started is None:
             job = replace(job, started=row.began)
+        job = replace(job, unseen=False)
         return job, () if job.endpoint is not None else (Connect(job.gen, row.node),)
     effects: tuple[Effect, ...] = (Disconnect(job.gen),) if job.stage is Stage.RUNNING else ()
     job = replace(
@@ -268,13 +271,21 @@ def _running(job: Job, row: Row, now: float) -> Step:
         gen=job.gen + 1,
         node=row.node,
         started=row.began,
-        running_at=now,
+        running_at=_ran_at(job, row, now),
         endpoint=None,
+        unseen=False,
         suspended_since=job.suspended_seen,
         reason=None,
         notice=None,
     )
     return job, (*effects, Connect(job.gen, row.node))
+
+
+def _ran_at(job: Job, row: Row, now: float) -> float:
+    """Say when it began to run: now, unless that was before anybody looked; Slurm knows it then."""
+    if not job.unseen or row.ran_at is None:
+        return now
+    return min(max(row.ran_at, job.waiting_since), now)
 
 
 def _restarted(job: Job, row: Row) -> bool:
@@ -360,6 +371,7 @@ def _vanished(job: Job) -> End:
 
 
 def _finished(job: Job, end: End) -> Step:
+    end = replace(end, began=job.job_id is not None, unseen=job.unseen)
     if job.stopping:
         end = replace(end, fault=Fault.NOBODY)
     effects: tuple[Effect, ...] = () if job.gen == 0 else (Disconnect(job.gen),)

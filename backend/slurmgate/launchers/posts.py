@@ -133,6 +133,7 @@ def job_of(post: Post, at: Moment, submission_max: float) -> Job:
         known_since=now,
         renewable=post.spec is not None,
         stopping=post.record.stopping,
+        unseen=True,
         gen=known.gen,
         started=known.started,
     )
