@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+
 import pytest
 from hypothesis import HealthCheck, settings
+
+from tests.coverage_data import remove_broken
 
 # What the tests share asserts too, and its asserts should say as much as theirs.
 pytest.register_assert_rewrite(
@@ -18,3 +22,12 @@ pytest.register_assert_rewrite(
 # Busy machines are slow: a test says what happens, not how long it takes.
 settings.register_profile("slurmgate", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("slurmgate")
+
+
+@pytest.hookimpl(wrapper=True, trylast=True)
+def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, object]:
+    """All tests have run, and pytest-cov, which is around this, has not yet combined its data."""
+    result = yield
+    if not hasattr(session.config, "workerinput"):
+        remove_broken(session.config.rootpath)
+    return result

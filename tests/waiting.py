@@ -13,9 +13,11 @@ def until(condition: Callable[[], T | None], seconds: float = 20.0) -> T:
     """Return the first true value of ``condition``; AssertionError when none comes in time."""
     deadline = time.monotonic() + seconds
     while True:
+        # Looked at before, so that a machine which stands still does not cost the last look.
+        over = time.monotonic() > deadline
         value = condition()
         if value:
             return value
-        if time.monotonic() > deadline:
+        if over:
             raise AssertionError(f"not within {seconds} s: {getattr(condition, '__doc__', '')}")
         time.sleep(0.01)

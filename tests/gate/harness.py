@@ -31,12 +31,15 @@ DEADLINE_S = 20.0
 def wait_until(condition: Callable[[], Any], what: str, seconds: float = DEADLINE_S) -> Any:
     """Wait for a condition; fail with its name when the deadline passes."""
     end = time.monotonic() + seconds
-    while time.monotonic() < end:
+    while True:
+        # Looked at before, so that a machine which stands still does not cost the last look.
+        over = time.monotonic() > end
         value = condition()
         if value:
             return value
+        if over:
+            raise AssertionError(f"not within {seconds} s: {what}")
         time.sleep(0.01)
-    raise AssertionError(f"not within {seconds} s: {what}")
 
 
 class _UnixServer(socketserver.ThreadingUnixStreamServer):

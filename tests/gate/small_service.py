@@ -38,7 +38,8 @@ class SmallService:
         self.in_flight = 0
         self.released = False
         self._backlog = backlog
-        self._server: asyncio.Server | None = None
+        self.talks: set[asyncio.Task[None]] = set()
+        self._listener: socket.socket | None = None
         self._writers: set[asyncio.StreamWriter] = set()
 
     def entry(self, **changes: Any) -> dict[str, Any]:
@@ -46,7 +47,17 @@ class SmallService:
         return replica(0, self.name, endpoint=self.endpoint, **changes)
 
     async def listen(self) -> None:
-        self._server = await asyncio.start_server(self._talk, sock=self._socket())
+        self._listener = self._socket()
+        asyncio.get_running_loop().add_reader(self._listener, self._accept, self._listener)
+
+    def _accept(self, listener: socket.socket) -> None:
+        # A server of asyncio's that is closed forgets what it is about to accept, without closing
+        # it; so does a task that is cancelled before it began.
+        connection, _ = listener.accept()
+        connection.setblocking(False)
+        talk = asyncio.create_task(self._talk(connection))
+        self.talks.add(talk)
+        talk.add_done_callback(self.talks.discard)
 
     def _socket(self) -> socket.socket:
         if self.endpoint.startswith("unix:"):
@@ -67,14 +78,16 @@ class SmallService:
 
     async def die(self) -> None:
         """End like a killed process: the listener and every connection at once."""
-        if self._server:
-            self._server.close()
-            self._server = None
+        if self._listener:
+            asyncio.get_running_loop().remove_reader(self._listener)
+            self._listener.close()
+            self._listener = None
         for writer in list(self._writers):
             writer.transport.abort()
 
-    async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self._server is None:
+    async def _talk(self, connection: socket.socket) -> None:
+        reader, writer = await asyncio.open_connection(sock=connection)
+        if self._listener is None:
             writer.transport.abort()
             return
         self._writers.add(writer)
@@ -169,17 +182,17 @@ class Services:
 
     def stop(self) -> None:
         for one in self._all:
+            one.released = True
             self._run(one.die())
-        self._run(self._end_tasks())
+        self._run(self._end_talks())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
 
-    async def _end_tasks(self) -> None:
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    async def _end_talks(self) -> None:
+        while talks := [talk for one in self._all for talk in one.talks]:
+            await asyncio.wait(talks)
+        await asyncio.sleep(0)  # sockets are closed in the loop's next round
 
     def _run(self, work: Coroutine[Any, Any, None]) -> None:
         asyncio.run_coroutine_threadsafe(work, self._loop).result(10)

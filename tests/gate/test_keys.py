@@ -27,13 +27,14 @@ from tests.gate.harness import (
     service,
     wait_until,
 )
+from tests.gate.test_balancing import connection_per_worker
 from tests.ports import dead_port
 
 ANNA = "sg-" + "A" * 43
 BERT = "sg-" + "b" * 42 + "_"
 OLD = "sg-" + "0" * 43
 REPLICA_KEY = "replica-Key_1"
-SOON_S = 4.0  # twice what is promised, for machines that are busy
+TICKS_S = 0.1  # in which a worker's timer is due several times
 
 
 def bearer(token: str) -> dict[str, str]:
@@ -45,7 +46,13 @@ def in_force(gate: Gate, backend: FakeBackend, version: str) -> None:
     wait_until(
         lambda: backend.notes and backend.notes[-1]["keys"] == version, "the gate has the keys"
     )
-    time.sleep(0.1)
+    told = time.monotonic()
+    with connection_per_worker(gate) as connections:
+        wait_until(lambda: time.monotonic() > told + TICKS_S, "ticks are due")
+        # A worker that answers has also seen to its timers that were due before the question.
+        for connection in connections * 2:
+            connection.request("GET", "/healthz")
+            connection.getresponse().read()
 
 
 @pytest.fixture
@@ -73,13 +80,14 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 
 
 def logged(gate: Gate, count: int) -> list[dict[str, Any]]:
-    """The access log once it has so many lines, without those of who asked if the gate is ready."""
+    """The access log once it has so many lines, without those of who asked how the gate is."""
     path = gate.folder / "access.log"
 
     def lines() -> list[dict[str, Any]]:
         text = path.read_text() if path.exists() else ""
         whole = text[: text.rfind("\n") + 1].splitlines()
-        return [line for line in map(json.loads, whole) if line["path"] != "/readyz"]
+        own = ("/readyz", "/healthz")
+        return [line for line in map(json.loads, whole) if line["path"] not in own]
 
     wait_until(lambda: len(lines()) >= count, "logged")
     return lines()
@@ -217,9 +225,7 @@ def test_a_revoked_key_is_refused_and_what_is_under_way_goes_on(
     under_way = pool.submit(keyed.get, "/llm/until-told", headers=bearer(ANNA))
     wait_until(lambda: echo.seen, "under way")
     backend.publish_keys(key(BERT, "bert"))
-    wait_until(
-        lambda: keyed.get("/llm/x", headers=bearer(ANNA)).status == 401, "revoked", seconds=SOON_S
-    )
+    wait_until(lambda: keyed.get("/llm/x", headers=bearer(ANNA)).status == 401, "revoked")
     in_force(keyed, backend, "k2")
     assert {keyed.get("/llm/x", headers=bearer(ANNA)).status for _ in range(20)} == {401}
     assert keyed.get("/llm/x", headers=bearer(BERT)).status == 200
@@ -327,8 +333,13 @@ def test_a_wrong_key_is_not_taken_for_none(
 
 
 def test_a_key_expires_by_itself(keyed: Gate, backend: FakeBackend) -> None:
-    in_force(keyed, backend, backend.publish_keys(key(ANNA, expires=int(time.time()) + 4)))
-    assert keyed.get("/llm/x", headers=bearer(ANNA)).status == 200
+    def is_good_for(seconds: int) -> bool:
+        entry = key(ANNA, expires=int(time.time()) + seconds)
+        in_force(keyed, backend, backend.publish_keys(entry))
+        return keyed.get("/llm/x", headers=bearer(ANNA)).status == 200
+
+    # It may have expired before a busy machine asks.
+    assert is_good_for(4) or is_good_for(15)
     wait_until(lambda: keyed.get("/llm/x", headers=bearer(ANNA)).status == 401, "expired")
     assert "expired" in keyed.get("/llm/x", headers=bearer(ANNA)).json["detail"]
 

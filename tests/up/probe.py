@@ -3,11 +3,11 @@
     probe.py PORT
 
 Environment: ``PROBE_NOTES`` a file that gets a JSON line for each start, each request other than
-health checks, and SIGTERM; ``PROBE_LOAD_S`` seconds until healthy; ``PROBE_LINGER_S`` how long it
-goes on serving after SIGTERM, so that a request which comes too late is seen; ``PROBE_HOST`` the
-address to listen on (127.0.0.1); ``PROBE_SLOTS`` how many requests to /slow and /stream it works on
-at once (0: any number): the rest, and health checks too, wait for their turn, and each check is
-noted.
+health checks, and SIGTERM; ``PROBE_LOAD_S`` seconds until healthy, and ``PROBE_LOADED`` a file
+without which it is not; ``PROBE_LINGER_S`` how long it goes on serving after SIGTERM, so that a
+request which comes too late is seen; ``PROBE_HOST`` the address to listen on (127.0.0.1);
+``PROBE_SLOTS`` how many requests to /slow and /stream it works on at once (0: any number): the
+rest, and health checks too, wait for their turn, and each check is noted.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from aiohttp import web
 HOST = os.environ.get("PROBE_HOST", "127.0.0.1")
 NOTES = os.environ.get("PROBE_NOTES")
 LOAD_S = float(os.environ.get("PROBE_LOAD_S", "0"))
+LOADED = os.environ.get("PROBE_LOADED")
 LINGER_S = float(os.environ.get("PROBE_LINGER_S", "0"))
 SLOTS = int(os.environ.get("PROBE_SLOTS", "0"))
 STARTED = time.monotonic()
@@ -50,7 +51,8 @@ async def health(_request: web.Request) -> web.Response:
         came = time.monotonic()
         async with slots:
             note("check", waited=time.monotonic() - came)
-    return web.Response(status=200 if time.monotonic() - STARTED >= LOAD_S else 503)
+    loaded = time.monotonic() - STARTED >= LOAD_S and (not LOADED or os.path.exists(LOADED))
+    return web.Response(status=200 if loaded else 503)
 
 
 @web.middleware

@@ -39,6 +39,7 @@ class Product:
         self.state_dir = folder / "state"
         self.config = folder / "services.json"
         self.notes = folder / "notes"
+        self._loaded = folder / "loaded"
         self.top = top
         self.services: list[dict[str, Any]] = []
         self.port = free_port()
@@ -50,15 +51,23 @@ class Product:
     # -- what it serves --------------------------------------------------------------------
 
     def probe(self, name: str = "probe", **fields: Any) -> dict[str, Any]:
-        """Configure a probe service; ``load`` and ``linger`` are the probe's own settings."""
+        """Configure a probe service; ``load`` and ``linger`` are the probe's own settings. With
+        ``held`` it loads until ``let_load`` is called.
+        """
         notes = self.folder / f"notes-{name}"
         env = {
             "PROBE_NOTES": str(notes),
             "PROBE_LOAD_S": str(fields.pop("load", 0)),
             "PROBE_LINGER_S": str(fields.pop("linger", 0)),
         }
+        if fields.pop("held", False):
+            env["PROBE_LOADED"] = str(self._loaded)
         script = self.script("probe.sh", f'exec "{sys.executable}" "{PROBE}" "$1"')
         return self.service(name, script, env=env, **fields)
+
+    def let_load(self) -> None:
+        """What was configured as ``held`` becomes healthy."""
+        self._loaded.touch()
 
     def service(self, name: str, bash_file: str, **fields: Any) -> dict[str, Any]:
         """Configure a service that a script starts."""

@@ -59,9 +59,14 @@ def test_a_script_that_does_not_exist(product):
 
 
 def test_a_service_that_never_becomes_healthy_is_given_up(product):
-    product.probe(load=3600, start_timeout=6)
+    product.probe(load=3600)
     product.up()
-    answer = ask(product, "probe")[0]
+    asked = ask_in_background([f"{product.url}/probe/{i}" for i in range(3)])
+    until(lambda: "503" in (product.info()["reason"] or ""))  # it was polled, and still loads
+    product.probe(load=3600, start_timeout=1)
+    product.write_config()
+    product.run("reload")
+    answer = asked.result()[0]
     assert answer.status == 503
     assert answer.json["type"].endswith("start-failed")
     assert "start_timeout" in answer.json["reason"]

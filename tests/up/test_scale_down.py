@@ -58,7 +58,8 @@ def test_requests_timed_around_scale_down_are_never_lost(product):
 
 
 def test_streams_go_on_to_their_end_on_a_replica_that_is_let_go(product):
-    product.probe(timeout=1, scale_up_after=0.3, replicas={"max": 4, "target_in_flight": 4})
+    grows = {"scale_up_after": 0.3, "replicas": {"max": 4, "target_in_flight": 4}}
+    product.probe(**grows)
     product.up()
     body = "".join(f"{number}\n" for number in range(25))
     streams = Flow(f"{product.url}/probe/stream?n=25&s=0.2", size=4, body=body.encode())
@@ -81,6 +82,9 @@ def test_streams_go_on_to_their_end_on_a_replica_that_is_let_go(product):
         # Among replicas that have nothing else they spread; beside a load they may keep together.
         with streams:
             until(lambda: len(streaming()) >= 3)
+            product.probe(timeout=1, **grows)  # not before, or some might be gone by now
+            product.write_config()
+            product.run("reload")
             until(let_go_with_a_stream)
             until(lambda: len(states()) == 1, 60)
     assert load.failures == []
