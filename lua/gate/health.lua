@@ -1,4 +1,5 @@
 -- Polls the health path of every replica that is starting or ready; only the leading worker does.
+-- When a replica breaks off, those beside it are polled out of turn (replays.lua).
 -- Per worker: one poller per generation of a replica (when it is due, failures in a row). Shared
 -- (through the store): the results, so another leader goes on from there.
 
@@ -6,6 +7,7 @@ local clock = require "gate.clock"
 local http = require "gate.http"
 local notifier = require "gate.notifier"
 local registry = require "gate.registry"
+local replays = require "gate.replays"
 local store = require "gate.store"
 
 local timer_at = ngx.timer.at
@@ -18,7 +20,13 @@ local RESULT_TTL_S = 600
 local SETTLE_S = 0.1
 local START_SHARE = 0.01 -- of the age of a starting replica: its poll interval
 
-local pollers = {} -- "id:gen" → {busy, due, began, failures}
+-- How a poll ends where nobody is
+local NOBODY = {
+    ["closed"] = true, ["connection reset by peer"] = true, ["connection refused"] = true,
+    ["broken pipe"] = true, ["no such file or directory"] = true,
+}
+
+local pollers = {} -- "id:gen" → {busy, due, began, failures, extra}
 
 local _M = {}
 
@@ -77,6 +85,16 @@ local function settle(replica)
     return tunnelled and replica.phase == "starting" and SETTLE_S or nil
 end
 
+-- What a poll says about a replica beside one that broke off. Too slow an answer says nothing: busy
+-- ones are.
+local function judge_doubted(poller, replica, answer, err)
+    if answer then
+        replays.answered_poll(replica, poller.began)
+    elseif NOBODY[err:gsub("^%a+: ", "")] then
+        store.suspect(replica.id, replica.gen, clock.now(), RESULT_TTL_S)
+    end
+end
+
 local function poll(_, poller, replica)
     local health = replica.service.health
     local done, answer, err = pcall(http.request, {
@@ -88,8 +106,14 @@ local function poll(_, poller, replica)
         answer, err = nil, answer
     end
     local passed = answer and answer.status == 200
-    judge(poller, replica, passed, err or answer and "status " .. answer.status)
-    poller.due = max(poller.began + pace(replica, poller.began), clock.now())
+    if replays.doubted(replica) then
+        judge_doubted(poller, replica, answer, err)
+    end
+    -- Failures in a row are those of polls an interval apart.
+    if passed or not poller.extra then
+        judge(poller, replica, passed, err or answer and "status " .. answer.status)
+        poller.due = max(poller.began + pace(replica, poller.began), clock.now())
+    end
     poller.busy = false
 end
 
@@ -98,11 +122,18 @@ local function polled(replica)
 end
 
 local function due(poller, replica, now)
-    if poller.busy then
-        return false
-    end
     local suspected = store.suspected(replica.id, replica.gen)
     return now >= poller.due or (suspected and suspected > poller.began)
+end
+
+local function begin(poller, replica, now)
+    poller.busy = true
+    poller.began = now
+    local ok, err = timer_at(0, poll, poller, replica)
+    if not ok then
+        poller.busy = false
+        ngx.log(ngx.WARN, "poll timer: ", err)
+    end
 end
 
 --- Start the polls that are due; the leader's tick. Returns whether any replica is starting.
@@ -114,14 +145,11 @@ function _M.tick(now)
             local poller = pollers[name] or { busy = false, due = now, began = 0, failures = 0 }
             seen[name] = poller
             starting = starting or replica.phase == "starting"
-            if due(poller, replica, now) then
-                poller.busy = true
-                poller.began = now
-                poller.due = now
-                local ok, err = timer_at(0, poll, poller, replica)
-                if not ok then
-                    poller.busy = false
-                    ngx.log(ngx.WARN, "poll timer: ", err)
+            if not poller.busy then
+                local in_turn = due(poller, replica, now)
+                if in_turn or replays.poll_due(replica, poller.began, now) then
+                    poller.extra = not in_turn
+                    begin(poller, replica, now)
                 end
             end
         end

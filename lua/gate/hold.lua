@@ -13,6 +13,7 @@ local notifier = require "gate.notifier"
 local refusal = require "gate.refusal"
 local registry = require "gate.registry"
 local relay = require "gate.relay"
+local replays = require "gate.replays"
 local rooms = require "gate.rooms"
 local routing = require "gate.routing"
 
@@ -285,6 +286,19 @@ local function note_sent(var, id)
     end
 end
 
+-- The replay of a request that was sent is precious: it waits until it has shown whether what ended
+-- its replica ends others too. Meanwhile its place in the order is kept, and its slot is free.
+local function await_signs(var, service, broke)
+    local limit = min(service.hold_timeout, refusal.wish() or math.huge)
+    replays.note_break(service, broke)
+    rooms.draw(var)
+    activity.drop_replica(var)
+    replays.wait(service.name, broke, tonumber(var.sg_since) + limit)
+    if client_gone(var) then
+        return ngx.exit(CLIENT_GONE)
+    end
+end
+
 --- Decide about a request whose try failed: hold it again, or give up; the access phase of @again.
 function _M.again(var)
     local since, id = clock.now(), var.sg_on
@@ -314,11 +328,11 @@ function _M.again(var)
         return ngx.exit(CLIENT_GONE)
     end
     activity.begin_waiting(var, var.sg_service)
-    -- The others see its place before they see that its slot is free.
-    local waiter = rooms.join(var, var.sg_service, since)
-    activity.drop_replica(var)
     notifier.kick()
-    return wait(var, waiter)
+    if sent > 0 then
+        await_signs(var, service, since)
+    end
+    return wait(var, rooms.join(var, var.sg_service, since))
 end
 
 return _M

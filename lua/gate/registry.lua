@@ -114,7 +114,7 @@ local function compile_service(entry, known, at, of_version, before)
         max_idle_connection = value(entry.max_idle_connection) or 0,
         cors = value(entry.cors), -- nil: the gate's
         use_key = store.tag() .. ":u:" .. entry.name, requests_key = "requests:" .. entry.name,
-        busy_key = "busy:" .. entry.name,
+        busy_key = "busy:" .. entry.name, broke_key = "broke:" .. entry.name,
         replicas = {}, routable = {}, targets = {}, targets_kept = 0,
     }
     local refusal = value(entry.refusal)

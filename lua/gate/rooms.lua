@@ -96,13 +96,19 @@ local function go(waiter)
     end
 end
 
---- Give a request its place, by the ticket it has or a new one. `since` is when this wait began.
-function _M.join(var, name, since)
+--- Give a request its ticket if it has none, and with it the place it will have. Returns it.
+function _M.draw(var)
     local ticket = var.sg_ticket
     if ticket == "" then
         ticket = format("%d", store.ticket())
         var.sg_ticket = ticket
     end
+    return ticket
+end
+
+--- Give a request its place, by the ticket it has or a new one. `since` is when this wait began.
+function _M.join(var, name, since)
+    local ticket = _M.draw(var)
     local waiter = {
         ticket = ticket, number = tonumber(ticket), semaphore = semaphore.new(0), granted = false,
         since = since,

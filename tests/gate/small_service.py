@@ -25,8 +25,10 @@ class SmallService:
     stream, and ``/upgrade…`` with another protocol, until then; ``/flood…`` writes without an end;
     all else is answered at once.
 
-    ``health`` is ``good``, ``bad`` (503) or ``mute`` (no answer). ``seen`` are the paths asked for
-    in order, ``in_flight`` how many are not yet answered. Attributes may be read by any thread.
+    ``health`` is ``good``, ``bad`` (503) or ``mute`` (no answer). While it is ``cut_off``, it takes
+    connections and breaks them off as soon as anything is asked, polls included, like a tunnel
+    whose far half is gone. ``seen`` are the paths asked for in order, ``in_flight`` how many are
+    not yet answered, ``broken_off`` how often it broke off. Attributes may be read by any thread.
     """
 
     def __init__(self, name: str, endpoint: str = "", backlog: int = 1024) -> None:
@@ -37,6 +39,8 @@ class SmallService:
         self.seen: list[str] = []
         self.in_flight = 0
         self.released = False
+        self.cut_off = False
+        self.broken_off = 0
         self._backlog = backlog
         self.talks: set[asyncio.Task[None]] = set()
         self._listener: socket.socket | None = None
@@ -96,6 +100,10 @@ class SmallService:
             with contextlib.suppress(*gone):
                 while True:
                     head = await reader.readuntil(b"\r\n\r\n")
+                    if self.cut_off:
+                        self.broken_off += 1
+                        writer.transport.abort()
+                        return
                     length = LENGTH.search(head)
                     await reader.readexactly(int(length.group(1)) if length else 0)
                     await self._answer(head.split(b" ", 2)[1].decode(), writer)

@@ -22,6 +22,7 @@ from tests.gate.small_service import Services, SmallService
 QUICK = {"path": "/health", "interval": 0.3, "start_interval": [0.05, 0.3], "timeout": 0.2}
 QUICK["failures"] = 10  # so many intervals may pass without an answer, on a busy machine too
 MANY_POLLS = 13
+PATIENT = {**QUICK, "interval": 5, "timeout": 60}  # a poll gets its answer however slow the machine
 REFUSED = ("connect() ", "prematurely closed", "reset by peer", "Broken pipe")
 
 
@@ -402,6 +403,73 @@ def test_nothing_fails_when_one_of_three_replicas_dies_under_load(
         wait_until(lambda: replica_of(load.answers[-1]) == "r3", "back in the choice")
     assert {answer.status for answer in load.answers} == {200}
     assert {replica_of(answer) for answer in later} == {"r1", "r2"}
+
+
+def in_flight(
+    pool: ThreadPoolExecutor, gate: Gate, three: list[SmallService]
+) -> tuple[Future[Answer], SmallService, list[SmallService]]:
+    """A request that one of three will never answer and the others will; that one, and those."""
+    held = pool.submit(gate.get, "/llm/hold")
+    wait_for(three, 1)
+    [first] = [one for one in three if one.in_flight]
+    others = [one for one in three if one is not first]
+    for one in others:
+        one.released = True
+    return held, first, others
+
+
+def waiting(backend: FakeBackend) -> int:
+    return int(backend.service_note("LLM").get("waiting", 0))
+
+
+def test_a_request_is_not_sent_again_into_tunnels_that_are_cut_together_with_its_first(
+    pool: ThreadPoolExecutor, gate: Gate, backend: FakeBackend, services: Services
+) -> None:
+    expect_refusals(gate)
+    three = services.start(3)
+    serve(backend, gate, three, health=PATIENT)
+    held, first, others = in_flight(pool, gate, three)
+    for one in others:
+        one.cut_off = True
+    services.kill(first)
+    wait_until(lambda: all(one.broken_off for one in others), "the others were tried")
+    wait_until(lambda: waiting(backend) == 1, "held")
+    for one in others:
+        one.cut_off = False
+    assert replica_of(held.result()) in {one.name for one in others}
+
+
+def test_a_request_is_sent_again_although_one_of_the_others_is_mute(
+    pool: ThreadPoolExecutor, gate: Gate, backend: FakeBackend, services: Services
+) -> None:
+    expect_refusals(gate)
+    three = services.start(3)
+    serve(backend, gate, three, health=PATIENT)
+    held, first, others = in_flight(pool, gate, three)
+    others[0].health = "mute"
+    services.kill(first)
+    assert replica_of(held.result()) in {one.name for one in others}
+
+
+def test_newcomers_pass_a_request_that_waits_to_be_sent_again_and_their_answers_end_its_wait(
+    pool: ThreadPoolExecutor, gate: Gate, backend: FakeBackend, services: Services
+) -> None:
+    expect_refusals(gate)
+    three = services.start(3)
+    serve(backend, gate, three, health=PATIENT, max_in_flight=1)
+    held, first, others = in_flight(pool, gate, three)
+    for one in others:
+        one.health = "mute"
+    services.kill(first)
+    wait_until(lambda: waiting(backend) == 1, "held")
+    names = {one.name for one in others}
+
+    def done() -> bool:
+        assert replica_of(gate.get("/llm/x")) in names
+        return held.done()
+
+    wait_until(done, "sent again")
+    assert replica_of(held.result()) in names
 
 
 @pytest.mark.parametrize("count", [1, 2])

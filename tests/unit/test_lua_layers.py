@@ -17,7 +17,7 @@ LAYERS = (
     {"relay"},
     {"routing", "refusal", "rooms"},
     {"balancer", "bodies", "notifier", "payload", "cors", "idlers"},
-    {"activity"},
+    {"activity", "replays"},
     {"registry"},
     {"keys"},
     {"router", "picker", "prefer", "queue", "problem", "http", "limits", "events", "inner"},
