@@ -19,8 +19,11 @@ pytest.register_assert_rewrite(
     "tests.waiting",
 )
 
-# Busy machines are slow: a test says what happens, not how long it takes.
-settings.register_profile("slurmgate", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# Busy machines are slow: a test says what happens, not how long it takes. And what is drawn is the
+# same in each run, so that a failure is of the change it was run for.
+# ``--hypothesis-profile=anew`` draws other examples in each run, and keeps those that failed.
+settings.register_profile("anew", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("slurmgate", settings.get_profile("anew"), derandomize=True)
 settings.load_profile("slurmgate")
 
 

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 
 from tests.gate.body_reader import JSON_TYPE, BodyReader
 
+pytestmark = pytest.mark.timeout(300)  # thousands of bodies, on a busy machine too
+
 # Python's opinion --------------------------------------------------------------------------------
 
 

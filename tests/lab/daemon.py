@@ -91,7 +91,7 @@ class Daemon:
         if wait:
             self.wait_until_ready()
 
-    def wait_until_ready(self, seconds: float = 30) -> None:
+    def wait_until_ready(self, seconds: float = 60) -> None:
         """LabError with its log when it dies or does not answer."""
 
         def settled() -> bool:

@@ -6,6 +6,7 @@ State: the dummy jobs of ``fill``.
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,17 +38,24 @@ class LoginHost:
         self._fillers: list[str] = []
 
     def run(self, *argv: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Run a command; AssertionError with its output when it fails."""
-        done = subprocess.run(
-            argv,
-            env=self.env,
-            cwd=self.home,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        """Run a command; AssertionError with its output when it fails.
+
+        munged hangs up on who says nothing for two seconds: on a machine that stands still for so
+        long a command of Slurm dies of SIGPIPE before it has asked for anything. It asks again.
+        """
+        for _ in range(3):
+            done = subprocess.run(
+                argv,
+                env=self.env,
+                cwd=self.home,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=False,
+            )
+            if done.returncode != -signal.SIGPIPE:
+                break
         assert not check or done.returncode == 0, f"{argv}: {done.stdout}{done.stderr}"
         return done
 

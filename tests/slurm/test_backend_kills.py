@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.lab.lab import Lab
@@ -9,14 +11,18 @@ from tests.slurm.product import Asking, ClusterProduct, ask, serving
 from tests.waiting import until
 
 
-def slow_sbatch(lab: Lab, before: float, after: float) -> None:
-    """Let sbatch on the login host take its time, before it submits or before it answers."""
+def slow_sbatch(lab: Lab, before: float, after: float) -> Path:
+    """Let sbatch on the login host take its time, before it submits or before it answers; the file
+    that is there when it has begun.
+    """
     folder = lab.folder / "slow"
-    script = f'#!/bin/sh\nsleep {before}\n/usr/bin/sbatch "$@"\nrc=$?\nsleep {after}\nexit $rc\n'
+    begun = folder / "begun"
+    steps = f'touch {begun}\nsleep {before}\n/usr/bin/sbatch "$@"\nrc=$?\nsleep {after}\nexit $rc'
     folder.mkdir(exist_ok=True)
-    (folder / "sbatch").write_text(script)
+    (folder / "sbatch").write_text(f"#!/bin/sh\n{steps}\n")
     (folder / "sbatch").chmod(0o755)
     lab.sshd_options(env={"PATH": f"{folder}:{lab.env['PATH']}"})
+    return begun
 
 
 def one_job_and_an_answer(product: ClusterProduct, waiting: Asking) -> None:
@@ -32,13 +38,12 @@ def one_job_and_an_answer(product: ClusterProduct, waiting: Asking) -> None:
 @pytest.mark.parametrize(("before", "after"), [(3, 0), (0, 5)], ids=["unsent", "unanswered"])
 def test_killed_before_sbatch_returns(tmp_path, own_lab, before, after):
     lab = own_lab()
-    slow_sbatch(lab, before, after)
+    begun = slow_sbatch(lab, before, after)
     with serving(ClusterProduct(tmp_path, lab)) as product:
         product.job()
         product.up()
         waiting = ask(product)
-        until(lambda: product.replica() if product.info()["replicas"] else None)
-        until(lambda: lab.run("pgrep", "-f", f"{lab.folder}/slow/sbatch", check=False).stdout)
+        until(begun.exists)
         product.kill_backend()
         one_job_and_an_answer(product, waiting)
         assert len([job for job in product.submitted() if job.state != "CANCELLED"]) == 1
@@ -63,7 +68,7 @@ def test_killed_while_the_service_is_starting(product: ClusterProduct):
     product.job(load=4)
     product.up()
     waiting = ask(product)
-    until(lambda: product.info()["replicas"] and product.replica()["state"] == "starting")
+    until(lambda: product.noted("start"))  # 4 s before it is ready
     product.kill_backend()
     one_job_and_an_answer(product, waiting)
     assert len(product.submitted()) == 1

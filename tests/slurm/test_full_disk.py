@@ -80,12 +80,15 @@ def test_a_full_disk_costs_starts_but_nothing_that_serves_and_no_kept_start(tmp_
 def test_what_is_started_while_the_disk_fills_is_served_and_ended_all_the_same(tmp_path, lab):
     product = ClusterProduct(tmp_path, lab)
     product.expected.append(r"access\.log.*No space left on device")
+    goes_on = tmp_path / "goes-on"
+    steps = f'until [ -e "{goes_on}" ]; do sleep 0.1; done\nexec "{lab.probe_script()}" "$1"'
     with small_disk(product.state_dir), serving(product):
-        product.job(load=5, timeout=1)
+        product.job(bash_file=lab.script("waits.sh", steps), timeout=1)
         product.up()
         waiting = ask(product, "/probe/")
-        until(lambda: product.noted("start"))  # its job runs, and its record was written
-        filler = fill(product.state_dir)
+        until(lambda: [job.state for job in product.live()] == ["RUNNING"])
+        filler = fill(product.state_dir)  # after the first record, before it is ready
+        goes_on.touch()
         assert waiting.answer().status_code == 200
         until(lambda: "cannot keep recent starts" in product.tail())
         assert history(product) == []

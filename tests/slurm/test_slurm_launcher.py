@@ -30,6 +30,7 @@ from slurmgate.records import Records
 from slurmgate.ssh import Remotes
 from slurmgate.state import StateDir
 from tests.lab.lab import Lab
+from tests.ports import dead_port, free_port
 from tests.waiting import until
 
 INSTANCE = "lab"
@@ -311,16 +312,17 @@ def test_a_refusal_comes_at_once_in_words(lab, boot, state, changes, words):
 
 def test_a_host_that_cannot_be_reached_is_named(lab, boot, state, monkeypatch):
     monkeypatch.setattr("slurmgate.launchers.contact.PATIENCE", 6.0)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    spec = service(lab, ssh=replace(login(lab), host="127.0.0.1", port=port))
-    backend = boot(spec)
-    with pytest.raises(CannotStart, match=r"127\.0\.0\.1"):
-        backend.launcher.launch(spec, "r1")
-    began = time.monotonic()
-    with pytest.raises(CannotStart, match=r"127\.0\.0\.1"):
-        backend.launcher.launch(spec, "r2")
-    assert time.monotonic() - began < 5.0, "it was known to be away"
+    took: list[float] = []
+    with dead_port() as port:
+        spec = service(lab, ssh=replace(login(lab), host="127.0.0.1", port=port))
+        backend = boot(spec)
+        for replica in ("r1", "r2", "r3", "r4"):
+            began = time.monotonic()
+            with pytest.raises(CannotStart, match=r"127\.0\.0\.1"):
+                backend.launcher.launch(spec, replica)
+            took.append(time.monotonic() - began)
+    # Of the later ones the quickest counts: a busy machine holds up one, but not each.
+    assert min(took[1:]) < 5.0, "it was known to be away"
     assert Records(state.replicas).read_all() == []
 
 
@@ -353,9 +355,10 @@ def test_a_backend_that_dies_while_it_submits_finds_the_one_job(lab, boot, tmp_p
 
     second = boot(spec)
     (sighting,) = second.adoption.sightings
-    assert sighting.phase is Phase.SUBMITTED
+    if not submits_first:  # else the first may have found it in Slurm's list
+        assert sighting.phase is Phase.SUBMITTED
     (tmp_path / "on").touch()
-    reached = second.ears.until_phase("r1", Phase.STARTING, 40)
+    reached = second.ears.until_phase("r1", Phase.STARTING, 60)
     until(lambda: answers(reached))
     assert ours(lab) == [reached.job_id]
     launching.join(40)
@@ -679,12 +682,15 @@ def test_jobs_are_cancelled_when_the_backend_closes_for_good(lab, boot, state):
     until(lambda: not ours(lab))
 
 
-def test_a_service_that_dies_while_it_loads_is_noticed_soon(lab, boot):
+def test_a_service_that_dies_while_it_loads_is_noticed_before_the_next_listing(
+    lab, boot, monkeypatch
+):
+    monkeypatch.setattr("slurmgate.launchers.pace.REST", 1000.0)
     spec = service(lab, bash_file=lab.script("dies.sh", "sleep 8\necho no memory\nexit 4"))
     backend = boot(spec)
     backend.launcher.launch(spec, "r1")
     reached = backend.ears.until_phase("r1", Phase.STARTING)
-    until(lambda: answers(reached) or backend.ears.ends, 14)  # at rest one is listed every 15 s
+    until(lambda: answers(reached) or backend.ears.ends, 60)
     assert backend.ears.until_end("r1").reason == "the service exited with code 4"
 
 
@@ -698,8 +704,7 @@ def test_a_service_on_the_nodes_loopback_is_reached_by_way_of_the_node(lab, boot
 
 
 def test_the_local_port_leads_to_the_oldest_replica_and_then_to_the_next(lab, boot):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    port = free_port()
     spec = service(lab, local_host="127.0.0.1", local_port=port)
     backend = boot(spec)
     for replica in ("r1", "r2"):

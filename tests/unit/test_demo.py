@@ -80,7 +80,7 @@ def wait_for_answer(server: Server) -> httpx.Response:
     deadline = time.monotonic() + DEADLINE_S
     while True:
         try:
-            return httpx.get(f"{server.url}/health")
+            return httpx.get(f"{server.url}/health", timeout=DEADLINE_S)
         except httpx.ConnectError:
             assert server.process.poll() is None, "the server ended"
             assert time.monotonic() < deadline, "the server does not listen"

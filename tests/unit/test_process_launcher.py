@@ -438,9 +438,11 @@ def test_closing_asks_all_replicas_before_it_kills_any(machine):
     def all_asked(_replica):
         asked_at_first_end.append(all("asked" in machine.log(f"r{i}") for i in range(8)))
 
-    launcher = machine.launcher(kill_after=3.0)
+    # Each ends by itself once all were asked, and is killed only where they never all are.
+    ask = "echo asked; echo >> asked; until [ $(wc -l < asked) = 8 ]; do sleep 0.05; done; exit"
+    launcher = machine.launcher(kill_after=60.0)
     launcher.adopt((), Ends(all_asked))
-    spec = machine.script("trap 'echo asked' TERM; echo ready; while :; do sleep 0.01; done")
+    spec = machine.script(f"trap '{ask}' TERM; sleep 1000 & echo ready; wait")
     for i in range(8):
         launcher.launch(spec, f"r{i}")
     until(lambda: all("ready" in machine.log(f"r{i}") for i in range(8)))
@@ -468,7 +470,7 @@ def test_a_later_backend_adopts_watches_and_stops(machine):
     second, ends = machine.launcher(), Ends()
     adopted = second.adopt((), ends).sightings
     for before, after in zip(started, adopted, strict=True):
-        assert abs(before.running_at - after.running_at) < 5
+        assert abs(before.running_at - after.running_at) < 60  # hours, where a clock is mixed up
         assert replace(after, running_at=before.running_at, created_at=before.created_at) == before
     os.kill(int(adopted[0].job_id), signal.SIGKILL)
     assert ends.next()[0] == "a1"

@@ -215,11 +215,13 @@ def test_a_backend_run_by_hand_keeps_its_state_directory(instance):
         env={**os.environ, "UP_IN": str(instance.folder)},
         stderr=subprocess.DEVNULL,
     ) as backend:
-        until((instance.state / "backend.lock").exists)
-        until(lambda: (instance.state / "backend.lock").read_text())
-        assert instance.up().wait(60) == 1
-        assert f"another slurmgate (pid {backend.pid} on" in instance.log
-        backend.terminate()
+        try:
+            until((instance.state / "backend.lock").exists, 60)
+            until(lambda: (instance.state / "backend.lock").read_text())
+            assert instance.up().wait(60) == 1
+            assert f"another slurmgate (pid {backend.pid} on" in instance.log
+        finally:
+            backend.terminate()
 
 
 def test_a_taken_port_is_said_with_whoever_has_it(instance):
@@ -276,7 +278,7 @@ def test_a_killed_backend_comes_back_and_the_gate_stays(instance):
     os.kill(backend, signal.SIGKILL)
     assert instance.get("/echo/") == service
     until(lambda: instance.child("backend") not in (0, backend))
-    until(lambda: instance.get("/info")[0] == 200)
+    until(lambda: instance.get("/info")[0] == 200, 60)
     assert instance.get("/echo/") == service
     assert instance.child("gate") == gate
     assert end(up) == 0
@@ -392,7 +394,7 @@ def make_certificate(folder: Path) -> tuple[Path, Path]:
 
 def test_a_stop_while_starting_is_clean(instance):
     up = instance.up()
-    until(lambda: (instance.state / "children.json").exists())
+    until(lambda: (instance.state / "children.json").exists(), 60)
     assert end(up) == 0
     assert instance.left() == []
 

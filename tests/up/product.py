@@ -134,7 +134,7 @@ class Product:
     def tail(self) -> str:
         return "\n".join(self.log[-60:])
 
-    def down(self, seconds: float = 30) -> int:
+    def down(self, seconds: float = 60) -> int:
         """Stop it cleanly; its exit code."""
         assert self.process is not None
         if self.process.poll() is None:
@@ -239,7 +239,7 @@ class Product:
         self.expected.append("control.sock|context: ngx.timer")
         os.kill(killed, signal.SIGKILL)
         if wait:
-            until(lambda: self.backend() not in (None, killed) and self.api_answers())
+            until(lambda: self.backend() not in (None, killed) and self.api_answers(), 60)
 
     def replicas(self) -> list[int]:
         """Processes of this instance's services."""
