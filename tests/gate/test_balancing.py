@@ -406,9 +406,12 @@ def test_nothing_fails_when_one_of_three_replicas_dies_under_load(
 
 
 def in_flight(
-    pool: ThreadPoolExecutor, gate: Gate, three: list[SmallService]
+    pool: ThreadPoolExecutor, gate: Gate, backend: FakeBackend, services: Services, **changes: Any
 ) -> tuple[Future[Answer], SmallService, list[SmallService]]:
     """A request that one of three will never answer and the others will; that one, and those."""
+    expect_refusals(gate)
+    three = services.start(3)
+    serve(backend, gate, three, health=PATIENT, **changes)
     held = pool.submit(gate.get, "/llm/hold")
     wait_for(three, 1)
     [first] = [one for one in three if one.in_flight]
@@ -425,10 +428,7 @@ def waiting(backend: FakeBackend) -> int:
 def test_a_request_is_not_sent_again_into_tunnels_that_are_cut_together_with_its_first(
     pool: ThreadPoolExecutor, gate: Gate, backend: FakeBackend, services: Services
 ) -> None:
-    expect_refusals(gate)
-    three = services.start(3)
-    serve(backend, gate, three, health=PATIENT)
-    held, first, others = in_flight(pool, gate, three)
+    held, first, others = in_flight(pool, gate, backend, services)
     for one in others:
         one.cut_off = True
     services.kill(first)
@@ -442,10 +442,7 @@ def test_a_request_is_not_sent_again_into_tunnels_that_are_cut_together_with_its
 def test_a_request_is_sent_again_although_one_of_the_others_is_mute(
     pool: ThreadPoolExecutor, gate: Gate, backend: FakeBackend, services: Services
 ) -> None:
-    expect_refusals(gate)
-    three = services.start(3)
-    serve(backend, gate, three, health=PATIENT)
-    held, first, others = in_flight(pool, gate, three)
+    held, first, others = in_flight(pool, gate, backend, services)
     others[0].health = "mute"
     services.kill(first)
     assert replica_of(held.result()) in {one.name for one in others}
@@ -454,10 +451,7 @@ def test_a_request_is_sent_again_although_one_of_the_others_is_mute(
 def test_newcomers_pass_a_request_that_waits_to_be_sent_again_and_their_answers_end_its_wait(
     pool: ThreadPoolExecutor, gate: Gate, backend: FakeBackend, services: Services
 ) -> None:
-    expect_refusals(gate)
-    three = services.start(3)
-    serve(backend, gate, three, health=PATIENT, max_in_flight=1)
-    held, first, others = in_flight(pool, gate, three)
+    held, first, others = in_flight(pool, gate, backend, services, max_in_flight=1)
     for one in others:
         one.health = "mute"
     services.kill(first)
