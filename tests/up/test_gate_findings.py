@@ -56,10 +56,10 @@ def test_small_bodies_of_unknown_length_are_held_where_few_bytes_may_be(product)
             return await asyncio.gather(
                 *(
                     fetch(client, f"{product.url}/probe/digest", method="POST", data=in_pieces())
-                    for _ in range(300)
+                    for _ in range(100)  # far fewer than take turns in the time for that
                 )
             )
 
     answers = Background(send_all).result()
-    assert [a.status for a in answers] == [200] * 300
+    assert [a.status for a in answers] == [200] * 100
     assert {a.json["length"] for a in answers} == {2}
