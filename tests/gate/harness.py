@@ -373,6 +373,11 @@ class Answer:
         return str(self.json["type"]).rpartition("/")[2]
 
 
+def waiting(backend: FakeBackend) -> int:
+    """How many wait for the usual service, by the newest call."""
+    return int(backend.service_note("LLM").get("waiting", 0))
+
+
 def service(name: str = "LLM", **changes: Any) -> dict[str, Any]:
     """One service of a snapshot: cold, unless changed."""
     entry: dict[str, Any] = {

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.gate.harness import Answer, FakeBackend, Gate, service, wait_until
+from tests.gate.harness import Answer, FakeBackend, Gate, service, wait_until, waiting
 from tests.gate.small_service import Services, SmallService
 
 QUICK = {"path": "/health", "interval": 0.3, "start_interval": [0.05, 0.3], "timeout": 0.2}
@@ -419,10 +419,6 @@ def in_flight(
     for one in others:
         one.released = True
     return held, first, others
-
-
-def waiting(backend: FakeBackend) -> int:
-    return int(backend.service_note("LLM").get("waiting", 0))
 
 
 def test_a_request_is_not_sent_again_into_tunnels_that_are_cut_together_with_its_first(

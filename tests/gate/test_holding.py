@@ -21,12 +21,9 @@ from tests.gate.harness import (
     replica,
     service,
     wait_until,
+    waiting,
 )
 from tests.ports import dead_port
-
-
-def waiting(backend: FakeBackend) -> int:
-    return int(backend.service_note("LLM").get("waiting", 0))
 
 
 def nothing_held(backend: FakeBackend) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.gate.harness import EchoService, FakeBackend, Gate, replica, service, wait_until
+from tests.gate.harness import EchoService, FakeBackend, Gate, replica, service, wait_until, waiting
 
 TAKE_S = 0.01
 GO_ON_S = 3.0  # after a worker's death; far less on a machine that is not busy
@@ -73,10 +73,6 @@ def ready(gate: Gate, backend: FakeBackend, echo: Slots) -> None:
 def publish(backend: FakeBackend, slots: Slots, bound: int = 1, **changes) -> None:
     one = replica(slots.port)
     backend.publish(service(state="ready", max_in_flight=bound, replicas=[one], **changes))
-
-
-def waiting(backend: FakeBackend) -> int:
-    return int(backend.service_note("LLM").get("waiting", 0))
 
 
 def until_waiting(backend: FakeBackend, number: int) -> None:
